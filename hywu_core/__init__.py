@@ -1,0 +1,28 @@
+"""Instance-conditioned LoRA generation. This package needs torch only; what needs ComfyUI is in `host` and `bases`."""
+
+from .config import GeneratorConfig
+from .errors import (
+    CheckpointError,
+    ConditionError,
+    ConfigError,
+    GenerationError,
+    HywuError,
+    LoraError,
+    MatchError,
+)
+from .generator import Generator
+from .lora import InstanceLora, LoraFactor
+
+__all__ = [
+    "CheckpointError",
+    "ConditionError",
+    "ConfigError",
+    "GenerationError",
+    "Generator",
+    "GeneratorConfig",
+    "HywuError",
+    "InstanceLora",
+    "LoraError",
+    "LoraFactor",
+    "MatchError",
+]

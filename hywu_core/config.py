@@ -1,0 +1,148 @@
+"""The configuration of a generator: the keys of the released `config.json`, validated as a whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .errors import ConfigError
+
+GROUPED = "grouped"
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything that decides a generator's shape and the LoRA that it writes.
+
+    Names are those of the released checkpoint. `pg_mapping` lists the targets of one layer, and **its order is the token
+    order**: it is kept exactly as given, in and out of JSON. Keys that are not known here survive a round trip in `extra`.
+
+    Raises:
+        ConfigError: on construction, for every value that contradicts another.
+    """
+
+    d_model: int  # width of the generator's transformer
+    head_dim: int  # width of one attention head
+    num_pg_layers: int  # blocks of the generator
+    input_dim: int  # width of the condition
+    output_dim: int  # width of the output heads; equals token_dim
+    num_base_model_layers: int  # blocks of the base's stack that receive a LoRA
+    rank: int  # of every generated factor pair
+    alpha: float  # scale = alpha / rank
+    token_dim: int  # a token holds rank x token_dim elements
+    dim_accumulation: int  # rows of a token that share one position of the sequence
+    pg_mapping: dict[str, dict[str, Any]]  # target -> {lora_A_dim: in, lora_B_dim: out} or a grouped entry
+    prefix: str = "model.layers."  # of the stack's module path in the base: "<prefix><layer>.<target>"
+    hywu: dict[str, Any] = field(default_factory=dict)  # our own keys: base family, condition parts, provenance
+    extra: dict[str, Any] = field(default_factory=dict)  # released keys that carry no meaning here
+
+    def __post_init__(self):
+        self._check_numbers()
+        self._check_widths()
+        self._check_mapping()
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B.A when a LoRA is applied: alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of the generator."""
+        return self.d_model // self.head_dim
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> GeneratorConfig:
+        """Build from the keys of a `config.json`; `where` names the source in errors."""
+        known = {f.name for f in fields(cls)} - {"extra"}
+        required = known - {"prefix", "hywu"}
+        missing = sorted(required - values.keys())
+        if missing:
+            raise ConfigError(f"{where}: not the configuration of a HY-WU generator, missing {', '.join(missing)}.")
+        chosen = {key: values[key] for key in values if key in known}
+        extra = {key: values[key] for key in values if key not in known}
+        try:
+            return cls(**chosen, extra=extra)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "config") -> GeneratorConfig:
+        """Parse the text of a `config.json`. The order of `pg_mapping` is kept."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{where}: not valid JSON ({error}).") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}: expected a JSON object, found {type(values).__name__}.")
+        return cls.from_dict(values, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a `config.json`, unknown ones included, `pg_mapping` in its order."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "hywu")}
+        return values | ({"hywu": self.hywu} if self.hywu else {}) | self.extra
+
+    def to_json(self) -> str:
+        """The text of a `config.json`. Keys are never sorted: the order of `pg_mapping` is the token order."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def _check_numbers(self) -> None:
+        names = [f.name for f in fields(self) if f.type == "int"]
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, found {value!r}.")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not self.alpha > 0:
+            raise ConfigError(f"alpha must be a positive number, found {self.alpha!r}.")
+        if not isinstance(self.prefix, str):
+            raise ConfigError(f"prefix must be text, found {self.prefix!r}.")
+        if not isinstance(self.hywu, dict):
+            raise ConfigError(f"hywu must be an object, found {self.hywu!r}.")
+
+    def _check_widths(self) -> None:
+        if self.rank % self.dim_accumulation:
+            raise ConfigError(
+                f"rank {self.rank} must be divisible by dim_accumulation {self.dim_accumulation}: "
+                "that many rows of a token share one position of the sequence."
+            )
+        if self.d_model % self.dim_accumulation:
+            raise ConfigError(f"d_model {self.d_model} must be divisible by dim_accumulation {self.dim_accumulation}.")
+        if self.output_dim != self.token_dim:
+            raise ConfigError(f"output_dim {self.output_dim} must equal token_dim {self.token_dim}.")
+        if self.d_model % self.head_dim:
+            raise ConfigError(f"d_model {self.d_model} must be divisible by head_dim {self.head_dim}.")
+        if self.head_dim % 4:
+            raise ConfigError(
+                f"head_dim {self.head_dim} must be divisible by 4: two axes of rotary positions, two numbers each."
+            )
+
+    def _check_mapping(self) -> None:
+        if not isinstance(self.pg_mapping, dict) or not self.pg_mapping:
+            raise ConfigError("pg_mapping must name at least one target.")
+        for name, entry in self.pg_mapping.items():
+            if not isinstance(entry, dict):
+                raise ConfigError(f"pg_mapping[{name!r}] must be an object, found {entry!r}.")
+            kind = entry.get("type")
+            if kind is None:
+                _check_dims(f"pg_mapping[{name!r}]", entry)
+            elif kind == GROUPED:
+                self._check_group(name, entry)
+            else:
+                raise ConfigError(f'pg_mapping[{name!r}] has the unknown type {kind!r}; expected none or "{GROUPED}".')
+
+    def _check_group(self, name: str, entry: dict[str, Any]) -> None:
+        experts, parts = entry.get("num_experts"), entry.get("sub_weights")
+        if not isinstance(experts, int) or experts < 1:
+            raise ConfigError(f"pg_mapping[{name!r}].num_experts must be a positive integer, found {experts!r}.")
+        if not isinstance(parts, dict) or not parts:
+            raise ConfigError(f"pg_mapping[{name!r}].sub_weights must name at least one weight.")
+        for part, dims in parts.items():
+            _check_dims(f"pg_mapping[{name!r}].sub_weights[{part!r}]", dims if isinstance(dims, dict) else {})
+
+
+def _check_dims(where: str, entry: dict[str, Any]) -> None:
+    for key in ("lora_A_dim", "lora_B_dim"):
+        value = entry.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{where}.{key} must be a positive integer, found {value!r}.")

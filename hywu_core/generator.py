@@ -1,0 +1,339 @@
+"""The generator: a transformer that reads a condition and writes the token grid of a LoRA (paper Fig. 5).
+
+Letters:
+    B batch · N layers of the base's stack · T tokens of one layer (A tokens first, then B tokens) · r rank
+    S = T * r / dim_accumulation, positions of one layer · d d_model · h heads · L length of the condition
+
+    condition (B, L, input_dim) ── hidden_in, norm_input ──► context (B, L, d)
+    hw_pos + layer_pos ── norm_tokens ──► x (B, N, S, d)
+    num_pg_layers times:  x += attention over N · x += attention over S · x += attention to context · x += feed-forward
+    norm_final ── proj_out_A | proj_out_B ──► token grid (B, N, T, r, token_dim) ── detokenize ──► InstanceLora
+
+Parameter names are those of the released checkpoint. `Generator.forward` keeps the graph, for training;
+`Generator.generate` gives the same numbers in bounded memory (chunked.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import GeneratorConfig
+from .errors import ConditionError
+from .layout import detokenize, full_name, target_names, targets, token_counts
+from .lora import InstanceLora, LoraFactor
+
+ROPE_THETA = 10_000.0
+NORM_EPS = 1e-6
+
+
+def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions, the axes sharing the head evenly.
+
+    Args:
+        positions: (rows, axes) integer positions; head_dim / axes must be even.
+    Returns:
+        two tensors (rows, head_dim / 2), float32.
+    """
+    width = head_dim // positions.shape[-1]
+    # float64 as long as the angle is large: position 10,000 has no exact fraction of a turn left in float32
+    steps = torch.arange(0, width, 2, dtype=torch.float64) / width
+    angles = positions.cpu().double().unsqueeze(-1) * ROPE_THETA**-steps
+    angles = angles.flatten(-2)
+    return angles.cos().float().to(positions.device), angles.sin().float().to(positions.device)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn neighbouring pairs of each head of x (..., h, rows, head_dim) by the table's angles (rows, head_dim / 2)."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; keys and values may come from elsewhere."""
+
+    def __init__(self, d_model: int, heads: int, operations: Any, **factory):
+        super().__init__()
+        self.heads = heads
+        self.W_q = operations.Linear(d_model, d_model, **factory)
+        self.W_k = operations.Linear(d_model, d_model, **factory)
+        self.W_v = operations.Linear(d_model, d_model, **factory)
+        self.W_o = operations.Linear(d_model, d_model, **factory)
+
+    def keys_values(self, context: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """context (..., rows, d) -> two of (..., h, rows, head_dim)."""
+        return rotate(self._split(self.W_k(context)), table), self._split(self.W_v(context))
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (..., rows, d) -> (..., rows, d)."""
+        queries = rotate(self._split(self.W_q(x)), table)
+        attended = F.scaled_dot_product_attention(queries, *keys_values)
+        return self.W_o(attended.transpose(-2, -3).flatten(-2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+
+
+class FeedForward(nn.Module):
+    """Linear, SiLU, Linear; four times as wide inside."""
+
+    def __init__(self, d_model: int, operations: Any, **factory):
+        super().__init__()
+        self.fc1 = operations.Linear(d_model, 4 * d_model, **factory)
+        self.fc2 = operations.Linear(4 * d_model, d_model, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.fc2(F.silu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One block of Fig. 5: four pre-normed residual branches, each a method from its input rows to what is added to them."""
+
+    def __init__(self, config: GeneratorConfig, operations: Any, **factory):
+        super().__init__()
+        d, heads = config.d_model, config.heads
+        self.norm1 = operations.RMSNorm(d, eps=NORM_EPS, **factory)
+        self.norm2 = operations.RMSNorm(d, eps=NORM_EPS, **factory)
+        self.norm3 = operations.RMSNorm(d, eps=NORM_EPS, **factory)
+        self.norm4 = operations.RMSNorm(d, eps=NORM_EPS, **factory)
+        self.self_attn_n = Attention(d, heads, operations, **factory)
+        self.self_attn_hw = Attention(d, heads, operations, **factory)
+        self.self_attn_cross = Attention(d, heads, operations, **factory)
+        self.feed_forward = FeedForward(d, operations, **factory)
+
+    def over_layers(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, N, s, d), any s positions: each attends to itself in all layers."""
+        x = self.norm1(x).transpose(1, 2)
+        keys_values = self.self_attn_n.keys_values(x, table)
+        return self.self_attn_n(x, keys_values, table).transpose(1, 2)
+
+    def layer_keys_values(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x (B, n, S, d), whole layers: what `over_tokens` attends to."""
+        return self.self_attn_hw.keys_values(self.norm2(x), table)
+
+    def over_tokens(self, x: Tensor, keys_values: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, n, s, d), any positions: each attends to all positions of its own layer."""
+        return self.self_attn_hw(self.norm2(x), keys_values, table)
+
+    def over_condition(self, x: Tensor, keys_values: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, rows, d), any rows of layers x positions: each attends to the whole condition."""
+        return self.self_attn_cross(self.norm3(x), keys_values, table)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """x (..., d), any rows."""
+        return self.feed_forward(self.norm4(x))
+
+    def forward(self, x: Tensor, context: Tensor, tables: Tables) -> Tensor:
+        """x (B, N, S, d), context (B, L, d) -> x. The whole grid at once, graph kept."""
+        x = x + self.over_layers(x, tables.layers())
+        x = x + self.over_tokens(x, self.layer_keys_values(x, tables.tokens()), tables.tokens())
+        keys_values = self.self_attn_cross.keys_values(context, tables.condition(context.shape[1]))
+        x = x + self.over_condition(x.flatten(1, 2), keys_values, tables.grid()).view_as(x)
+        return x + self.feed(x)
+
+
+class Tables:
+    """Rotary tables of the grid's axes, computed for the rows asked for, so that no table of the whole grid need exist."""
+
+    def __init__(self, config: GeneratorConfig, device: torch.device):
+        self.device, self.head_dim = device, config.head_dim
+        self.num_layers = config.num_base_model_layers
+        self.num_tokens = sum(token_counts(config))
+        self.rows_per_token = config.rank // config.dim_accumulation
+        self.positions = self.num_tokens * self.rows_per_token
+
+    def layers(self) -> tuple[Tensor, Tensor]:
+        """One axis: the layer."""
+        return self._table(torch.arange(self.num_layers).unsqueeze(-1))
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Two axes: the token, and the row group inside it. Positions start to stop of one layer."""
+        index = torch.arange(start, self.positions if stop is None else stop)
+        return self._table(torch.stack((index // self.rows_per_token, index % self.rows_per_token), dim=-1))
+
+    def grid(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Two axes: the layer, and the position inside it. Rows start to stop of layers x positions."""
+        index = torch.arange(start, self.num_layers * self.positions if stop is None else stop)
+        return self._table(torch.stack((index // self.positions, index % self.positions), dim=-1))
+
+    def condition(self, length: int) -> tuple[Tensor, Tensor]:
+        """Two axes, on their diagonal, behind every token position: condition token l sits at (o + l, o + l)."""
+        offset = max(self.num_tokens, self.rows_per_token)
+        index = torch.arange(offset, offset + length)
+        return self._table(torch.stack((index, index), dim=-1))
+
+    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary(positions, self.head_dim)
+        return cos.to(self.device), sin.to(self.device)
+
+
+class TokenTransformer(nn.Module):
+    """Learned positions, blocks and output heads."""
+
+    def __init__(self, config: GeneratorConfig, operations: Any, **factory):
+        super().__init__()
+        part = config.d_model // config.dim_accumulation
+        self.num_a = token_counts(config)[0]
+        self.grid = (config.num_base_model_layers, sum(token_counts(config)), config.rank, part)
+        self.accumulation = config.dim_accumulation
+        self.hw_pos = operations.Embedding(self.grid[1] * config.rank, part, **factory)
+        self.layer_pos = operations.Embedding(config.num_base_model_layers, part, **factory)
+        self.norm_input = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
+        self.norm_tokens = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
+        self.norm_final = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
+        self.blocks = nn.ModuleList(Block(config, operations, **factory) for _ in range(config.num_pg_layers))
+        self.proj_out_A = operations.Linear(part, config.output_dim, **factory)
+        self.proj_out_B = operations.Linear(part, config.output_dim, **factory)
+
+    def initial_tokens(self, device: torch.device, dtype: torch.dtype, layers: slice = slice(None)) -> Tensor:
+        """The query tokens before the first block, which carry no condition: (1, n, S, d) of the chosen layers."""
+        num_layers, tokens, rank, part = self.grid
+        index = torch.arange(num_layers, device=device)[layers]
+        rows = self.hw_pos(torch.arange(tokens * rank, device=device)).to(dtype)
+        x = rows + self.layer_pos(index).to(dtype).unsqueeze(1)  # (n, T * r, part)
+        x = x.view(1, len(index), -1, self.accumulation * part)
+        return self.norm_tokens(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (B, n, S, d) -> tokens (B, n, T, r, token_dim), through the head of each half."""
+        _, tokens, rank, part = self.grid
+        x = self.norm_final(x).reshape(*x.shape[:2], tokens, rank, part)
+        return torch.cat((self.proj_out_A(x[:, :, : self.num_a]), self.proj_out_B(x[:, :, self.num_a :])), dim=2)
+
+
+class Generator(nn.Module):
+    """Writes a LoRA for every target of the base from one condition, in one forward pass.
+
+    Args:
+        config: a validated configuration.
+        operations: namespace of layers (`Linear`, `RMSNorm`, `Embedding`): `torch.nn`, or the host's casting ones.
+        device, dtype: of the parameters, which are left uninitialised on purpose when a checkpoint follows.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        operations: ModuleType | type = nn,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.config = config
+        self.hidden_in = operations.Linear(config.input_dim, config.d_model, **factory)
+        self.model = TokenTransformer(config, operations, **factory)
+        self.checkpoint_blocks = False  # recompute blocks in the backward pass instead of keeping their activations
+
+    def initialize(self, seed: int = 0) -> Generator:
+        """Fill the parameters for training: A head N(0, 0.02), B head zero (paper Fig. 5), so that the first dW is zero."""
+        source = torch.Generator().manual_seed(seed)
+
+        def normal_(parameter: Tensor, std: float) -> None:
+            parameter.copy_(torch.randn(parameter.shape, generator=source) * std)
+
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith("model.proj_out_"):
+                    parameter.zero_()
+                elif "_pos." in name:
+                    normal_(parameter, 1.0)
+                elif parameter.ndim == 2:
+                    normal_(parameter, 1 / math.sqrt(parameter.shape[1]))
+                elif name.endswith(".bias"):
+                    parameter.zero_()
+                else:
+                    parameter.fill_(1.0)
+            normal_(self.model.proj_out_A.weight, 0.02)
+        return self
+
+    def context(self, condition: Tensor) -> Tensor:
+        """condition (B, L, input_dim) or (B, 1, L, input_dim) -> (B, L, d).
+
+        Raises:
+            ConditionError: for another width or number of axes.
+        """
+        if condition.ndim == 4 and condition.shape[1] == 1:
+            condition = condition.squeeze(1)
+        if condition.ndim != 3 or condition.shape[-1] != self.config.input_dim or not condition.shape[1]:
+            raise ConditionError(
+                f"The condition has the shape {tuple(condition.shape)}, but this generator reads "
+                f"(batch, length, {self.config.input_dim}). Use the condition that it was trained with."
+            )
+        return self.model.norm_input(self.hidden_in(condition))
+
+    def tokens(self, condition: Tensor) -> Tensor:
+        """The token grid (B, N, T, r, token_dim) of a condition, graph kept."""
+        context = self.context(condition)
+        tables = Tables(self.config, context.device)
+        x = self.model.initial_tokens(context.device, context.dtype)
+        x = x.expand(context.shape[0], -1, -1, -1)
+        for block in self.model.blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, tables, use_reentrant=False)
+            else:
+                x = block(x, context, tables)
+        return self.model.project(x)
+
+    def forward(self, condition: Tensor) -> InstanceLora:
+        """The LoRA of a condition, graph kept, the whole grid at once. For inference use `generate`."""
+        return self.assemble([self.layer_factors(layer) for layer in self.tokens(condition).unbind(1)])
+
+    def generate(
+        self,
+        condition: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        result_device: torch.device | str = "cpu",
+        result_dtype: torch.dtype | None = None,
+        chunk_bytes: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> InstanceLora:
+        """The LoRA of a condition, in bounded memory, without a graph.
+
+        Args:
+            condition: (B, L, input_dim) or (B, 1, L, input_dim), on the device to compute on.
+            dtype: to compute in; the parameters' own by default.
+            result_device, result_dtype: where each layer's factors go as soon as they are ready, and as what.
+            chunk_bytes: what intermediate tensors may take beside the token grid; a sensible share of it by default.
+            progress: called with (done, total) between chunks. What it raises ends the run: this is how to cancel.
+        Raises:
+            ConditionError: for a condition of another width.
+            GenerationError: naming the layer, when a factor is not finite.
+        """
+        from .chunked import generate_chunked  # a layer above this file
+
+        return generate_chunked(
+            self, condition, dtype, torch.device(result_device), result_dtype, chunk_bytes, progress
+        )
+
+    def layer_factors(self, tokens: Tensor) -> dict[str, LoraFactor]:
+        """tokens (B, T, r, token_dim) of one layer -> {target: factors}."""
+        state = detokenize(tokens, self.config)
+        return {
+            target.name: LoraFactor(state[f"{target.name}.lora_A"], state[f"{target.name}.lora_B"])
+            for target in targets(self.config)
+        }
+
+    def assemble(self, layers: list[dict[str, LoraFactor]]) -> InstanceLora:
+        """The factors of all layers as one LoRA."""
+        factors = {
+            full_name(self.config, index, name): pair
+            for index, layer in enumerate(layers)
+            for name, pair in layer.items()
+        }
+        metadata = {"rank": self.config.rank, "alpha": self.config.alpha, **self.config.hywu.get("lora", {})}
+        return InstanceLora(factors, self.config.scale, metadata)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The names of everything this generator writes a LoRA for."""
+        return target_names(self.config)

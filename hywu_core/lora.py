@@ -1,0 +1,212 @@
+"""InstanceLora: the LoRA of one edit as a value, and what can be done to it without forming out x in products.
+
+Letters: B batch · E experts · r rank. A factor pair changes its weight by scale * up @ down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import LoraError
+
+
+class LoraFactor(NamedTuple):
+    """The factor pair of one target."""
+
+    down: Tensor  # A: (B, r, in) or, for grouped experts, (B, E, r, in)
+    up: Tensor  # B: (B, out, r) or (B, E, out, r)
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, columns of B."""
+        return self.down.shape[-2]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether this pair belongs to a bank of experts."""
+        return self.down.ndim == 4
+
+
+class _Fields(NamedTuple):
+    names: tuple[str, ...]
+    pairs: tuple[LoraFactor, ...]
+    scale: float
+    metadata: Mapping[str, Any]
+
+
+class InstanceLora(_Fields):
+    """A generated (or loaded) LoRA: factor pairs by target name, one scale, and where it came from.
+
+    It is a tuple of tuples of tensors on purpose: hosts that count the memory of cached values look into tuples, not into
+    dictionaries or objects. It is a value: every operation gives a new one.
+
+    Args:
+        factors: {target name: LoraFactor}; a batch of 1 or one common batch.
+        scale: multiplies every B.A.
+        metadata: JSON-like provenance: base family, generator, instruction, ...
+    Raises:
+        LoraError: if a pair's shapes do not fit together, or batches differ.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, factors: Mapping[str, LoraFactor], scale: float = 1.0, metadata: Mapping[str, Any] | None = None
+    ) -> InstanceLora:
+        pairs = tuple(LoraFactor(*pair) for pair in factors.values())
+        for name, pair in zip(factors, pairs, strict=True):
+            _check_pair(name, pair)
+        if len({pair.down.shape[0] for pair in pairs}) > 1:
+            raise LoraError(f"The factors have different batch sizes: {sorted({p.down.shape[0] for p in pairs})}.")
+        return super().__new__(cls, tuple(factors), pairs, float(scale), MappingProxyType(dict(metadata or {})))
+
+    def __reduce__(self):
+        return type(self), (dict(self.factors), self.scale, dict(self.metadata))
+
+    @property
+    def factors(self) -> Mapping[str, LoraFactor]:
+        """{target name: LoraFactor}, in token order."""
+        return MappingProxyType(dict(zip(self.names, self.pairs, strict=True)))
+
+    @property
+    def batch(self) -> int:
+        """How many instances this holds."""
+        return self.pairs[0].down.shape[0] if self.pairs else 0
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among the factor pairs."""
+        return max((pair.rank for pair in self.pairs), default=0)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all factors, the whole batch."""
+        return sum(pair.down.numel() + pair.up.numel() for pair in self.pairs)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> InstanceLora:
+        """The same LoRA elsewhere; shares storage where nothing changes."""
+        return self._map(lambda pair: LoraFactor(*(t.to(device=device, dtype=dtype) for t in pair)))
+
+    def select(self, index: int) -> InstanceLora:
+        """Instance `index` of the batch, as a batch of 1."""
+        if not -self.batch <= index < self.batch:
+            raise LoraError(f"There is no instance {index}: this LoRA holds {self.batch}.")
+        index %= self.batch
+        return self._map(lambda pair: LoraFactor(pair.down[index : index + 1], pair.up[index : index + 1]))
+
+    def scaled(self, strength: float) -> InstanceLora:
+        """The same LoRA, `strength` times as strong."""
+        return InstanceLora(self.factors, self.scale * strength, self.metadata)
+
+    def with_metadata(self, **entries: Any) -> InstanceLora:
+        """The same LoRA with entries added to its metadata."""
+        return InstanceLora(self.factors, self.scale, {**self.metadata, **entries})
+
+    def _map(self, change) -> InstanceLora:
+        return InstanceLora({n: change(p) for n, p in self.factors.items()}, self.scale, self.metadata)
+
+
+def blend(loras: Sequence[InstanceLora], weights: Sequence[float]) -> InstanceLora:
+    """The LoRA whose every dW is the weighted sum of the given ones' dW, exactly, by concatenating ranks.
+
+    A target that only some of them have keeps what those contribute. Scales and weights are folded into the up factors, so
+    the result has scale 1.
+    """
+    if not loras or len(loras) != len(weights):
+        raise LoraError(f"Blending needs one weight for each LoRA, got {len(loras)} LoRAs and {len(weights)} weights.")
+    batches = {lora.batch for lora in loras}
+    if len(batches - {1}) > 1:
+        raise LoraError(f"LoRAs of different batch sizes cannot be blended: {sorted(batches)}.")
+    parts: dict[str, list[LoraFactor]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        for name, pair in lora.factors.items():
+            parts.setdefault(name, []).append(LoraFactor(pair.down, pair.up * (lora.scale * weight)))
+    factors = {name: _concatenate(name, pairs, max(batches)) for name, pairs in parts.items()}
+    return InstanceLora(factors, 1.0, {"blend": [dict(lora.metadata) for lora in loras]})
+
+
+def truncate(lora: InstanceLora, rank: int) -> InstanceLora:
+    """The best LoRA of at most `rank` (Eckart-Young), from the factors alone.
+
+    With QR of both factors, up @ down = Q_u (R_u R_d^T) Q_d^T, so only an r x r matrix meets the SVD.
+    """
+    if rank < 1:
+        raise LoraError(f"The rank must be at least 1, got {rank}.")
+    return lora._map(lambda pair: pair if pair.rank <= rank else _truncate(pair, rank))
+
+
+def inner(a: LoraFactor, b: LoraFactor) -> Tensor:
+    """<B_a A_a, B_b A_b> over the last two axes, without forming a product: sum((B_a^T B_b) * (A_a A_b^T)).
+
+    Returns:
+        (B,) or, for grouped experts, (B, E), in float64.
+    """
+    ups = a.up.double().mT @ b.up.double()
+    downs = a.down.double() @ b.down.double().mT
+    return (ups * downs).sum((-2, -1))
+
+
+def norms(lora: InstanceLora) -> dict[str, Tensor]:
+    """The Frobenius norm of every dW (scale included): {name: (B,)}, experts of a bank taken together."""
+    return {
+        name: lora.scale * _over_experts(inner(pair, pair)).clamp(min=0).sqrt() for name, pair in lora.factors.items()
+    }
+
+
+def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
+    """Cosine between the dW of two LoRAs, all targets as one vector: (B,), 0 where one of them is zero.
+
+    It is gauge-invariant: it compares the products B.A, which many factor pairs share, never A and B themselves.
+    """
+    if set(a.names) != set(b.names):
+        raise LoraError("Only LoRAs of the same targets can be compared.")
+    pairs = [(pair, b.factors[name]) for name, pair in a.factors.items()]
+    dot = sum(_over_experts(inner(x, y)) for x, y in pairs) * (a.scale * b.scale)
+    length = (_squared_norm(a) * _squared_norm(b)).sqrt()
+    return torch.where(length > 0, dot / length.clamp(min=torch.finfo(length.dtype).tiny), torch.zeros_like(length))
+
+
+def _squared_norm(lora: InstanceLora) -> Tensor:
+    return lora.scale**2 * sum(_over_experts(inner(pair, pair)) for pair in lora.pairs).clamp(min=0)
+
+
+def _over_experts(values: Tensor) -> Tensor:
+    return values.sum(-1) if values.ndim == 2 else values
+
+
+def _concatenate(name: str, pairs: list[LoraFactor], batch: int) -> LoraFactor:
+    shapes = {(p.down.ndim, p.down.shape[-1], p.up.shape[-2], *p.down.shape[1:-2]) for p in pairs}
+    if len(shapes) > 1:
+        raise LoraError(f"{name} has different shapes in the LoRAs to blend; they belong to different bases.")
+    pairs = [LoraFactor(*(t.expand(batch, *t.shape[1:]) for t in p)) for p in pairs]
+    return LoraFactor(torch.cat([p.down for p in pairs], dim=-2), torch.cat([p.up for p in pairs], dim=-1))
+
+
+def _truncate(pair: LoraFactor, rank: int) -> LoraFactor:
+    q_up, r_up = torch.linalg.qr(pair.up.double())
+    q_down, r_down = torch.linalg.qr(pair.down.double().mT)
+    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    root = values[..., :rank].sqrt()
+    up = (q_up @ left[..., :rank]) * root.unsqueeze(-2)
+    down = root.unsqueeze(-1) * (right[..., :rank, :] @ q_down.mT)
+    return LoraFactor(down.to(pair.down.dtype), up.to(pair.up.dtype))
+
+
+def _check_pair(name: str, pair: LoraFactor) -> None:
+    down, up = pair
+    fits = (
+        down.ndim in (3, 4)
+        and up.ndim == down.ndim
+        and up.shape[-1] == down.shape[-2]
+        and up.shape[:-2] == down.shape[:-2]
+    )
+    if not fits:
+        raise LoraError(
+            f"{name}: the factors {tuple(down.shape)} and {tuple(up.shape)} do not fit together, "
+            "expected (B, r, in) with (B, out, r), or (B, E, r, in) with (B, E, out, r)."
+        )

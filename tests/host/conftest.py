@@ -1,0 +1,24 @@
+"""Tests in this folder run inside a real ComfyUI, in process, on the CPU."""
+
+import os
+import sys
+from pathlib import Path
+
+HOST = Path(os.environ.get("COMFYUI_DIR", Path(__file__).resolve().parents[2] / ".host" / "ComfyUI"))
+
+
+def _enter_host() -> None:
+    """Make `import comfy` work as main.py does: the arguments must be parsed before anything asks for a device."""
+    if str(HOST) not in sys.path:
+        sys.path.insert(0, str(HOST))
+    argv, sys.argv = sys.argv, ["comfyui", "--cpu"]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args  # noqa: F401  parses sys.argv now
+    finally:
+        sys.argv = argv
+
+
+_enter_host()
