@@ -1,5 +1,6 @@
 """Instance-conditioned LoRA generation. This package needs torch only; what needs ComfyUI is in `host` and `bases`."""
 
+from .checkpoint import load_generator, save_generator
 from .config import GeneratorConfig
 from .errors import (
     CheckpointError,
@@ -9,6 +10,7 @@ from .errors import (
     HywuError,
     LoraError,
     MatchError,
+    SaveError,
 )
 from .generator import Generator
 from .lora import InstanceLora, LoraFactor
@@ -25,4 +27,7 @@ __all__ = [
     "LoraError",
     "LoraFactor",
     "MatchError",
+    "SaveError",
+    "load_generator",
+    "save_generator",
 ]

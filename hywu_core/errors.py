@@ -27,3 +27,7 @@ class GenerationError(HywuError):
 
 class MatchError(HywuError):
     """A LoRA and a base model do not fit together."""
+
+
+class SaveError(HywuError):
+    """A file could not be written; nothing was left half-written."""

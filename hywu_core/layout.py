@@ -26,7 +26,7 @@ from .errors import LoraError
 class Target(NamedTuple):
     """A weight of one layer that receives a LoRA."""
 
-    name: str  # module path below the layer, e.g. "self_attn.qkv_proj"; may end in a row slice, "linear1[0:128]"
+    name: str  # module path below the layer, "self_attn.qkv_proj"; may end in a row slice, "linear1[0:128/512]"
     in_features: int
     out_features: int
     experts: int | None = None  # of a grouped target
@@ -150,33 +150,33 @@ class Placement(NamedTuple):
     module: str  # path of the module that owns the weight
     start: int = 0  # first output row
     length: int | None = None  # number of output rows; None: all of them
+    total: int | None = None  # output rows of the whole weight, where the name tells
 
 
-_SLICE = re.compile(r"^(?P<module>.+)\[(?P<start>\d+):(?P<stop>\d+)\]$")
+_SLICE = re.compile(r"^(?P<module>.+)\[(?P<start>\d+):(?P<stop>\d+)/(?P<total>\d+)\]$")
 
 
 def place(name: str, out_features: int, grouped: bool = False) -> Placement:
     """Find the module and the rows that a target's name stands for.
 
-    A plain name is a module path. "path[a:b]" is rows a to b of a fused weight. The sub-weights of grouped experts live in
-    two banks: `gate_and_up_proj`, whose first half is w3 and second half the silu-gated w1, and `down_proj`, which is w2.
+    A plain name is a module path. "path[a:b/n]" is rows a to b of a fused weight with n rows. The sub-weights of grouped
+    experts live in two banks: `gate_and_up_proj`, whose first half is w3 and second half the silu-gated w1, and
+    `down_proj`, which is w2 (the released layout).
     """
     sliced = _SLICE.match(name)
     if sliced:
-        start, stop = int(sliced["start"]), int(sliced["stop"])
-        if stop - start != out_features:
-            raise LoraError(f"{name} names {stop - start} rows, but its up factor has {out_features}.")
-        return Placement(sliced["module"], start, out_features)
+        start, stop, total = (int(sliced[key]) for key in ("start", "stop", "total"))
+        if stop - start != out_features or stop > total:
+            raise LoraError(f"{name} names rows {start} to {stop} of {total}, but its up factor has {out_features} rows.")
+        return Placement(sliced["module"], start, out_features, total)
     if grouped:
         experts, _, part = name.rpartition(".")
         banks = {
-            "w3": Placement(f"{experts}.gate_and_up_proj", 0, out_features),
-            "w1": Placement(f"{experts}.gate_and_up_proj", out_features, out_features),
+            "w3": Placement(f"{experts}.gate_and_up_proj", 0, out_features, 2 * out_features),
+            "w1": Placement(f"{experts}.gate_and_up_proj", out_features, out_features, 2 * out_features),
             "w2": Placement(f"{experts}.down_proj"),
         }
-        if part not in banks:
-            raise LoraError(f"{name}: grouped experts have the sub-weights w1, w2 and w3, not {part!r}.")
-        return banks[part]
+        return banks.get(part, Placement(name))  # any other name is a whole bank
     return Placement(name)
 
 

@@ -1,0 +1,215 @@
+"""Generator files in and out: safetensors, sharded or not, checked by name and by shape before anything is loaded.
+
+Three forms are read:
+    a folder    config.json + model.safetensors
+    a folder    config.json + model.safetensors.index.json + its shards (the released form)
+    one file    *.safetensors with the configuration in its metadata, or with a config.json beside it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import GeneratorConfig
+from .errors import CheckpointError
+from .files import PICKLE_SUFFIXES, atomic_write, open_safetensors, write_safetensors
+from .generator import Generator
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_KEY = "hywu_config"  # of a single file's metadata
+FLOAT_TYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+SHOWN = 8  # names listed in one error
+
+
+class GeneratorFiles(NamedTuple):
+    """A generator on disk whose headers were read and fit together."""
+
+    path: Path
+    config: GeneratorConfig
+    shards: dict[Path, tuple[str, ...]]  # file -> the tensors to take from it
+    dtype: torch.dtype  # of most of its weights
+    fingerprint: str  # of the configuration, every tensor's name and shape, and a sample of its bytes
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name, memory-mapped: its bytes are read when they are used."""
+        for shard, names in self.shards.items():
+            with open_safetensors(shard, CheckpointError) as handle:
+                for name in names:
+                    yield name, handle.get_tensor(name)
+
+
+def inspect_generator(path: str | Path) -> GeneratorFiles:
+    """Read the configuration and all headers of a generator and check them against each other. Loads no weights.
+
+    Raises:
+        CheckpointError, ConfigError: naming the file, and every tensor that is missing, unexpected or mis-shaped.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config, shards = _read_folder_config(path), _folder_shards(path)
+    elif path.exists() or path.suffix:
+        config, shards = _file_config(path), [path]
+    else:
+        raise CheckpointError(f"{path} does not exist. Expected a generator's folder or .safetensors file.")
+    found = _read_headers(shards)
+    _check_tensors(path, config, found)
+    by_shard = {shard: tuple(name for name, header in found.items() if header.shard == shard) for shard in shards}
+    return GeneratorFiles(path, config, by_shard, _main_dtype(found), _fingerprint(config, by_shard))
+
+
+def load_generator(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> Generator:
+    """Load a generator from a folder, a sharded folder, or a single file.
+
+    Args:
+        path: see the top of this file.
+        device, dtype: of its parameters; dtype None keeps what is stored.
+    Raises:
+        CheckpointError, ConfigError: see `inspect_generator`.
+    """
+    files = inspect_generator(path)
+    generator = Generator(files.config, device="meta")
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in files.tensors()}
+    generator.load_state_dict(state, assign=True)
+    return generator
+
+
+def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a generator atomically: one file if `path` ends in .safetensors, else a folder in the released form.
+
+    Args:
+        dtype: to store; None keeps the parameters' own.
+    Returns:
+        the path that `load_generator` reads.
+    Raises:
+        SaveError: if it cannot be written; nothing is left half-written.
+    """
+    path = Path(path)
+    state = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in generator.state_dict().items()}
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, {"format": "pt", CONFIG_KEY: generator.config.to_json()})
+        return path
+    write_safetensors(path / WEIGHTS_FILE, state, {"format": "pt"})
+    with atomic_write(path / CONFIG_FILE) as temporary:
+        temporary.write_text(generator.config.to_json(), encoding="utf-8")
+    return path
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    shard: Path
+
+
+def _read_folder_config(folder: Path) -> GeneratorConfig:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_FILE}, so it is not a generator's folder. "
+            "Put the checkpoint's config.json and its .safetensors files there."
+        )
+    return GeneratorConfig.from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def _folder_shards(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again.") from None
+        shards = [folder / name for name in sorted(set(names))]
+        absent = [shard.name for shard in shards if not shard.is_file()]
+        if absent:
+            raise CheckpointError(f"{folder} lacks the shards {_some(absent)} that {INDEX_FILE} names. Download them.")
+        return shards
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
+    refused = f" ({_some(pickles)} would be pickles, which are refused)" if pickles else ""
+    raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{refused}. Download the weights there.")
+
+
+def _file_config(file: Path) -> GeneratorConfig:
+    with open_safetensors(file, CheckpointError) as handle:
+        text = (handle.metadata() or {}).get(CONFIG_KEY)
+    if text is not None:
+        return GeneratorConfig.from_json(text, f"{file} (metadata)")
+    if (file.parent / CONFIG_FILE).is_file():
+        return _read_folder_config(file.parent)
+    raise CheckpointError(
+        f"{file} has no generator configuration: neither {CONFIG_KEY!r} in its metadata nor a {CONFIG_FILE} beside it."
+    )
+
+
+def _read_headers(shards: list[Path]) -> dict[str, _Header]:
+    found: dict[str, _Header] = {}
+    for shard in shards:
+        with open_safetensors(shard, CheckpointError) as handle:
+            for name in handle.keys():
+                if name in found:
+                    raise CheckpointError(f"{name} is in both {found[name].shard.name} and {shard.name}.")
+                part = handle.get_slice(name)
+                found[name] = _Header(tuple(part.get_shape()), part.get_dtype(), shard)
+    return found
+
+
+def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, _Header]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in Generator(config, device="meta").state_dict().items()}
+    problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
+    problems += [f"unexpected {name} {list(header.shape)}" for name, header in found.items() if name not in expected]
+    for name, header in found.items():
+        if name in expected and header.shape != expected[name]:
+            problems.append(f"{name} has the shape {list(header.shape)}, expected {list(expected[name])}")
+        elif name in expected and header.dtype not in FLOAT_TYPES:
+            problems.append(f"{name} is stored as {header.dtype}, expected a floating-point type")
+    if problems:
+        raise CheckpointError(
+            f"{path} does not hold the weights that its configuration describes: {_some(problems, '; ')}. "
+            "Download it again, or use the config.json that belongs to it."
+        )
+
+
+def _main_dtype(found: dict[str, _Header]) -> torch.dtype:
+    names = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+    sizes: dict[str, int] = {}
+    for header in found.values():
+        sizes[header.dtype] = sizes.get(header.dtype, 0) + torch.Size(header.shape).numel()
+    return names[max(sizes, key=sizes.get)]
+
+
+def _fingerprint(config: GeneratorConfig, shards: dict[Path, tuple[str, ...]]) -> str:
+    """A whole hash of 16 GB would take a minute at every start; a sample of every tensor tells generators apart."""
+    digest = hashlib.sha256(config.to_json().encode())
+    for shard, names in shards.items():
+        with open_safetensors(shard, CheckpointError) as handle:
+            for name in sorted(names):
+                part = handle.get_slice(name)
+                digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode())
+                digest.update(part[:2].contiguous().view(torch.uint8).numpy().tobytes()[:4096])
+    return digest.hexdigest()[:16]
+
+
+def _some(names: list[str], separator: str = ", ") -> str:
+    rest = len(names) - SHOWN
+    return separator.join(names[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")
