@@ -330,7 +330,7 @@ class Generator(nn.Module):
             for index, layer in enumerate(layers)
             for name, pair in layer.items()
         }
-        metadata = {"rank": self.config.rank, "alpha": self.config.alpha, **self.config.hywu.get("lora", {})}
+        metadata = {"rank": self.config.rank, "alpha": self.config.alpha, "base": self.config.hywu.get("base")}
         return InstanceLora(factors, self.config.scale, metadata)
 
     @property

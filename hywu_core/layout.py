@@ -167,7 +167,9 @@ def place(name: str, out_features: int, grouped: bool = False) -> Placement:
     if sliced:
         start, stop, total = (int(sliced[key]) for key in ("start", "stop", "total"))
         if stop - start != out_features or stop > total:
-            raise LoraError(f"{name} names rows {start} to {stop} of {total}, but its up factor has {out_features} rows.")
+            raise LoraError(
+                f"{name} names rows {start} to {stop} of {total}, but its up factor has {out_features} rows."
+            )
         return Placement(sliced["module"], start, out_features, total)
     if grouped:
         experts, _, part = name.rpartition(".")

@@ -99,7 +99,9 @@ def from_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, Any] | N
     return _assemble(_regroup(pairs), metadata)
 
 
-def save_lora(lora: InstanceLora, path: str | Path, dialect: Dialect = "stock", dtype: torch.dtype | None = None) -> Path:
+def save_lora(
+    lora: InstanceLora, path: str | Path, dialect: Dialect = "stock", dtype: torch.dtype | None = None
+) -> Path:
     """Write one instance as a LoRA file, atomically, with its metadata.
 
     Args:
@@ -138,7 +140,9 @@ def _file_metadata(lora: InstanceLora) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.rank),
         "ss_network_alpha": str(alpha),
-        METADATA_KEY: json.dumps({**lora.metadata, "rank": lora.rank, "alpha": alpha, "scale": lora.scale}, default=str),
+        METADATA_KEY: json.dumps(
+            {**lora.metadata, "rank": lora.rank, "alpha": alpha, "scale": lora.scale}, default=str
+        ),
     }
 
 

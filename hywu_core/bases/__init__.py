@@ -1,0 +1,1 @@
+"""Base models that ComfyUI lacks, as ComfyUI-native models."""

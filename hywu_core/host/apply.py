@@ -1,0 +1,207 @@
+"""Applying a LoRA to a MODEL: beside the forward (bypass) or in the weights (merge). The MODEL given is never changed.
+
+Bypass: one wrapper under one key holds all HY-WU LoRAs of a MODEL. For the time of each model call, and not longer, the
+forwards of the matched layers are wrapped; they are unwrapped when the call returns, raises or is interrupted, so no trace
+stays on a base that other MODELs share. The factors are a bank in the MODEL's additional models, under the host's memory
+management.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.weight_adapter
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..errors import MatchError
+from ..lora import InstanceLora
+from .bank import Bank
+from .matching import Match, Matches, match
+
+KEY = "hywu"
+COMPILE_KEY = "torch.compile"  # the host's own, of its TorchCompileModel node
+Mode = Literal["auto", "bypass", "merge"]
+
+
+class Applied(NamedTuple):
+    """One LoRA on a MODEL in bypass mode."""
+
+    bank: Bank
+    strength: float
+    start: float  # fractions of the sampling schedule between which it acts
+    end: float
+    identity: uuid.UUID
+
+    def acts(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
+        """Whether it acts at this noise level."""
+        if self.start <= 0 and self.end >= 1:
+            return True
+        now = float(sigma.max())
+        return model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start)
+
+
+def apply_lora(
+    model: comfy.model_patcher.ModelPatcher,
+    lora: InstanceLora,
+    strength: float = 1.0,
+    mode: Mode = "auto",
+    start: float = 0.0,
+    end: float = 1.0,
+) -> tuple[comfy.model_patcher.ModelPatcher, Matches]:
+    """A clone of `model` with the LoRA on it: W' = W + strength * scale * B . A on every matched weight.
+
+    Args:
+        strength: any sign; 0 gives an unchanged clone.
+        mode: "merge" rewrites weights through the host's patches; "bypass" adds beside the forward and suits quantised,
+            offloaded and mixture-of-experts bases, batches and schedules; "auto" is bypass unless the model is compiled.
+        start, end: fractions of the sampling schedule between which the LoRA acts.
+    Returns:
+        the clone, and what matched.
+    Raises:
+        MatchError: if the LoRA and the model do not fit, or the mode cannot do what is asked.
+    """
+    matches = match(lora, model.model)
+    clone = model.clone()
+    if strength == 0:
+        return clone, matches
+    if mode == "auto":
+        mode = "merge" if _compiled(model) else "bypass"
+    if mode == "merge":
+        _check_mergeable(lora, start, end)
+        _merge(clone, matches.matched, lora.scale, strength)
+    else:
+        _bypass(clone, Applied(Bank(matches.matched, lora.scale), strength, start, end, uuid.uuid4()))
+    logging.info("HY-WU: %s (%s).", matches, mode)
+    return clone, matches
+
+
+def applied_loras(model: comfy.model_patcher.ModelPatcher) -> tuple[Applied, ...]:
+    """The LoRAs that a MODEL carries in bypass mode, in the order they were applied."""
+    wrappers = model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)
+    return wrappers[0].loras if wrappers else ()
+
+
+class BypassWrapper:
+    """Runs a model call with every LoRA of one MODEL beside the layers it changes."""
+
+    def __init__(self, loras: tuple[Applied, ...]):
+        self.loras = loras
+
+    def __call__(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ):
+        """See the host's BaseModel.apply_model. The base learns from transformer_options["hywu"] what acts on it."""
+        base = executor.class_obj
+        acting = tuple(lora for lora in self.loras if lora.acts(base.model_sampling, t))
+        options = {**(transformer_options or {}), KEY: tuple((lora.identity, lora.strength) for lora in acting)}
+        with beside(base.diffusion_model, acting):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+@contextmanager
+def beside(diffusion_model: torch.nn.Module, loras: tuple[Applied, ...]) -> Iterator[None]:
+    """For the time of the block, the forward of every layer that a LoRA changes adds the LoRA's part."""
+    adapters: dict[str, list] = {}
+    for lora in loras:
+        for adapter in lora.bank.adapters:
+            adapters.setdefault(adapter.path, []).append((adapter, lora.strength))
+    wrapped = []
+    try:
+        for path, parts in adapters.items():
+            module = diffusion_model.get_submodule(path)
+            wrapped.append((module, vars(module).get("forward")))
+            module.forward = _with_adapters(module.forward, parts)
+        yield
+    finally:
+        for module, previous in reversed(wrapped):
+            vars(module).pop("forward", None)
+            if previous is not None:  # somebody else's, such as the host's own bypass
+                module.forward = previous
+
+
+def _with_adapters(forward, parts: list):
+    def forward_with_adapters(x, *args, **kwargs):
+        y = forward(x, *args, **kwargs)
+        for adapter, strength in parts:
+            y = adapter.add_to(y, x, strength, *args[:1])
+        return y
+
+    return forward_with_adapters
+
+
+def _bypass(clone: comfy.model_patcher.ModelPatcher, applied: Applied) -> None:
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        applied.bank, load_device=clone.load_device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    loras = (*applied_loras(clone), applied)
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, BypassWrapper(loras))
+    clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), patcher])
+
+
+class ExpertLoraAdapter(comfy.weight_adapter.LoRAAdapter):
+    """The host's LoRA patch for a bank of experts: weights (up (E, out, r), down (E, r, in), alpha, None, None, None)."""
+
+    name = "hywu_experts"
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        """W + strength * alpha / r * B . A for every expert, one at a time: a whole bank's product may not fit."""
+        up, down, alpha = self.weights[:3]
+        for expert in range(weight.shape[0]):
+            factors = (
+                comfy.model_management.cast_to_device(part[expert], weight.device, intermediate_dtype)
+                for part in (up, down)
+            )
+            delta = torch.mm(*factors) * (strength * alpha / down.shape[1])
+            weight[expert] += function(delta.type(weight.dtype))
+        return weight
+
+
+def _merge(clone: comfy.model_patcher.ModelPatcher, matched: tuple[Match, ...], scale: float, strength: float) -> None:
+    patches = {}
+    for found in matched:
+        down, up = found.pair.down[0], found.pair.up[0]
+        alpha = float(
+            torch.tensor(scale * found.pair.rank)
+        )  # rounded as in a LoRA file, so that both give the same bits
+        adapter = ExpertLoraAdapter if found.pair.grouped else comfy.weight_adapter.LoRAAdapter
+        rows_axis = 1 if found.pair.grouped else 0
+        key = found.key if found.length is None else (found.key, (rows_axis, found.start, found.length))
+        patches[key] = adapter(set(), (up, down, alpha, None, None, None))
+    accepted = clone.add_patches(patches, strength)
+    if len(accepted) != len(patches):
+        refused = sorted(str(key) for key in patches.keys() - set(accepted))
+        raise MatchError(f"This model keeps no weight that can be merged into at {refused[0]}. Use the mode bypass.")
+
+
+def _check_mergeable(lora: InstanceLora, start: float, end: float) -> None:
+    if lora.batch > 1:
+        raise MatchError(
+            f"Merging writes one LoRA into the weights, but this one holds {lora.batch} instances. Use the mode bypass."
+        )
+    if start > 0 or end < 1:
+        raise MatchError(
+            "A merged LoRA is in the weights for the whole schedule. Use the mode bypass for start and end."
+        )
+
+
+def _compiled(model: comfy.model_patcher.ModelPatcher) -> bool:
+    return bool(model.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY))

@@ -1,0 +1,79 @@
+"""LoRA files where the host keeps them: read from its `loras` folders, written below its output folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import folder_paths
+import torch
+
+from ..errors import SaveError
+from ..lora import InstanceLora
+from ..lora_files import Dialect, from_state_dict, load_lora, save_lora
+
+FOLDER = "loras"
+SAVE_DTYPES = {
+    "as generated": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def names() -> list[str]:
+    """The LoRA files that can be chosen."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def modified(name: str) -> float:
+    """When a LoRA file changed, so that a replaced one is loaded again."""
+    return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, name))
+
+
+def load(name: str) -> InstanceLora:
+    """Load a LoRA file by its name.
+
+    Raises:
+        LoraError: see `load_lora`.
+    """
+    return load_lora(folder_paths.get_full_path_or_raise(FOLDER, name))
+
+
+def save_to_output(lora: InstanceLora, prefix: str, dialect: Dialect, dtype: torch.dtype | None) -> Path:
+    """Save every instance of a LoRA as a file of its own, numbered on from what is there.
+
+    Returns:
+        the path of the last file.
+    Raises:
+        SaveError: if the folder cannot be written to.
+    """
+    for index in range(lora.batch):
+        path = save_lora(lora.select(index), output_path(prefix), dialect, dtype)
+    return path
+
+
+def output_path(prefix: str) -> Path:
+    """The next free file name below the host's output folder for a prefix such as "loras/hywu".
+
+    Raises:
+        SaveError: if the folder cannot be made, or lies outside the output folder.
+    """
+    try:
+        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    except Exception as error:  # the host raises a bare Exception for a path outside its output folder
+        raise SaveError(
+            f"Cannot save to {prefix!r}: {error}. Choose a name below ComfyUI's output folder, in a folder that can be "
+            "written to."
+        ) from error
+    return Path(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def as_instance_lora(lora: InstanceLora | Mapping[str, torch.Tensor]) -> InstanceLora:
+    """An InstanceLora as it is; a LORA_MODEL (the host's plain state dict) read into one.
+
+    Raises:
+        LoraError: if it is no plain low-rank LoRA.
+    """
+    return lora if isinstance(lora, InstanceLora) else from_state_dict(lora)

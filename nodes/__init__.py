@@ -1,0 +1,18 @@
+"""What an artist sees. Each file here lists its nodes in NODES: schemas and one call each, no maths."""
+
+from comfy_api.latest import ComfyExtension
+
+from ..hywu_core.host import folders
+from . import generate, lora
+
+TOPICS = (generate, lora)
+
+
+class HYWUExtension(ComfyExtension):
+    async def get_node_list(self):
+        return [node for topic in TOPICS for node in topic.NODES]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    folders.register()
+    return HYWUExtension()

@@ -1,0 +1,119 @@
+"""Load a generator, gather its condition, and write the LoRA of one edit."""
+
+from comfy_api.latest import io
+
+from ..hywu_core.condition import Condition as ConditionValue
+from ..hywu_core.host import conditions, folders, generators
+from ..hywu_core.lora_files import to_state_dict
+from .types import Condition, Generator, Lora
+
+
+class HYWULoadGenerator(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWULoadGenerator",
+            display_name="Load HY-WU Generator",
+            category="HY-WU",
+            search_aliases=["hypernetwork", "instance lora", "weight unleashing"],
+            description="Loads a generator: the network that reads one picture and one instruction and writes a LoRA for "
+            "exactly that edit. Put its folder (config.json and .safetensors files) or its single .safetensors file into "
+            "models/hywu.",
+            inputs=[
+                io.Combo.Input(
+                    "generator",
+                    options=folders.generator_names(),
+                    tooltip="A generator in models/hywu. A name that ends in / is a folder.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(generators.WEIGHT_DTYPES),
+                    default="default",
+                    advanced=True,
+                    tooltip="What the weights are kept in. default: as stored. fp8_e4m3fn halves the memory of bfloat16 "
+                    "weights and costs some accuracy.",
+                ),
+            ],
+            outputs=[Generator.Output("generator", tooltip="Wire it into Generate Instance LoRA.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, generator, weight_dtype):
+        return folders.modified(generator)
+
+    @classmethod
+    def execute(cls, generator, weight_dtype):
+        path = folders.generator_path(generator)
+        return io.NodeOutput(generators.load(path, generators.WEIGHT_DTYPES[weight_dtype]))
+
+
+class HYWUCondition(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWUCondition",
+            display_name="HY-WU Condition",
+            category="HY-WU",
+            description="Gathers what a generator reads: the encoded instruction (and picture, where the text encoder sees "
+            "it), and for generators that were trained with it the patch features of a CLIP Vision model.",
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The instruction, from the base's own text encoder, as for the sampler."
+                ),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output",
+                    optional=True,
+                    tooltip="The source picture, from CLIP Vision Encode. Only for generators that were trained with it.",
+                ),
+                io.String.Input(
+                    "instruction",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The instruction as text. It changes nothing; it is written into the metadata of saved LoRAs.",
+                ),
+            ],
+            outputs=[Condition.Output("condition", tooltip="Wire it into Generate Instance LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning, clip_vision_output=None, instruction=""):
+        return io.NodeOutput(conditions.from_host(conditioning, clip_vision_output, instruction))
+
+
+class HYWUGenerateLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWUGenerateLoRA",
+            display_name="Generate Instance LoRA",
+            category="HY-WU",
+            description="Writes the LoRA for exactly this picture and this instruction, in one forward pass of the "
+            "generator. The result depends on nothing else: changing the seed, the sampler or the strength does not run "
+            "it again.",
+            inputs=[
+                Generator.Input("generator", tooltip="From Load HY-WU Generator."),
+                io.MultiType.Input(
+                    "condition",
+                    types=[Condition, io.Conditioning],
+                    tooltip="What the generator reads: a HY-WU condition, or the text encoder's CONDITIONING directly.",
+                ),
+            ],
+            outputs=[
+                Lora.Output("lora", tooltip="The generated LoRA, for Apply Generated LoRA and Save Instance LoRA."),
+                io.LoraModel.Output(
+                    "lora_model", tooltip="The same LoRA for ComfyUI's own nodes; the first one of a batch."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, generator, condition):
+        if not isinstance(condition, ConditionValue):
+            condition = conditions.from_host(condition)
+        lora = generators.generate(generator, condition)
+        return io.NodeOutput(lora, to_state_dict(lora.select(0)))
+
+
+NODES = [HYWULoadGenerator, HYWUCondition, HYWUGenerateLoRA]

@@ -1,0 +1,133 @@
+"""Apply, save and load generated LoRAs."""
+
+from comfy_api.latest import io
+
+from ..hywu_core.host import apply, lora_store
+from .types import Lora
+
+
+class HYWUApplyLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWUApplyLoRA",
+            display_name="Apply Generated LoRA",
+            category="HY-WU",
+            description="Puts a LoRA on a model. The model that is wired in stays as it is, and several of these nodes can "
+            "follow each other in any order. Strength and schedule can be changed without generating again.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base that the LoRA was generated for."),
+                io.MultiType.Input("lora", types=[Lora, io.LoraModel], tooltip="A generated LoRA, or any LORA_MODEL."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1 is what the generator meant. 0 switches it off, negative values turn the edit around.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["auto", "bypass", "merge"],
+                    default="auto",
+                    tooltip="bypass adds the LoRA beside the layers: exact on quantised and offloaded models, nothing is "
+                    "rewritten. merge writes it into the weights: for torch.compile and for saving merged models. auto is "
+                    "bypass unless the model is compiled.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="From which part of the sampling on the LoRA acts. Needs bypass.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Up to which part of the sampling the LoRA acts. Needs bypass.",
+                ),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The model with the LoRA, for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
+        lora = lora_store.as_instance_lora(lora)
+        patched, _ = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
+        return io.NodeOutput(patched)
+
+
+class HYWUSaveLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWUSaveLoRA",
+            display_name="Save Instance LoRA",
+            category="HY-WU",
+            is_output_node=True,
+            description="Saves a generated LoRA as an ordinary LoRA file, into the output folder. In the stock format "
+            "ComfyUI's own LoRA loader reads it. A batch is saved as one file for each picture.",
+            inputs=[
+                Lora.Input("lora", tooltip="The LoRA to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/hywu",
+                    tooltip="Folder and beginning of the name, below the output folder.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=["stock", "peft"],
+                    default="stock",
+                    tooltip="stock: for ComfyUI. peft: for PEFT and diffusers, the scale folded into the weights.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(lora_store.SAVE_DTYPES),
+                    default="as generated",
+                    advanced=True,
+                    tooltip="What the factors are stored in.",
+                ),
+            ],
+            outputs=[io.String.Output("path", tooltip="Where the (last) file was written.")],
+        )
+
+    @classmethod
+    def execute(cls, lora, filename_prefix, format, dtype):
+        path = lora_store.save_to_output(lora, filename_prefix, format, lora_store.SAVE_DTYPES[dtype])
+        return io.NodeOutput(str(path), ui={"text": (str(path),)})
+
+
+class HYWULoadLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWULoadLoRA",
+            display_name="Load Instance LoRA",
+            category="HY-WU",
+            description="Loads a saved LoRA, generated here or made by another tool, with its metadata.",
+            inputs=[
+                io.Combo.Input(
+                    "lora", options=lora_store.names(), tooltip="A LoRA file in models/loras or output/loras."
+                )
+            ],
+            outputs=[Lora.Output("lora", tooltip="For Apply Generated LoRA, Blend, Inspect and Compare.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora):
+        return lora_store.modified(lora)
+
+    @classmethod
+    def execute(cls, lora):
+        return io.NodeOutput(lora_store.load(lora))
+
+
+NODES = [HYWUApplyLoRA, HYWUSaveLoRA, HYWULoadLoRA]

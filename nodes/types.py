@@ -1,0 +1,7 @@
+"""The pack's own socket types."""
+
+from comfy_api.latest import io
+
+Generator = io.Custom("HYWU_GENERATOR")  # hywu_core.host.generators.GeneratorHandle
+Condition = io.Custom("HYWU_CONDITION")  # hywu_core.condition.Condition
+Lora = io.Custom("HYWU_LORA")  # hywu_core.InstanceLora
