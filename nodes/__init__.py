@@ -3,9 +3,9 @@
 from comfy_api.latest import ComfyExtension
 
 from ..hywu_core.host import folders
-from . import generate, lora
+from . import generate, lora, pocket
 
-TOPICS = (generate, lora)
+TOPICS = (generate, lora, pocket)
 
 
 class HYWUExtension(ComfyExtension):
