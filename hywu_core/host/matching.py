@@ -8,7 +8,7 @@ import comfy.lora
 import torch
 
 from ..errors import MatchError
-from ..layout import Placement, place
+from ..layout import place, Placement
 from ..lora import InstanceLora, LoraFactor
 
 ROOT = "diffusion_model"

@@ -16,9 +16,11 @@ def _enter_host() -> None:
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401  parses sys.argv now
+        import comfy.cli_args
     finally:
         sys.argv = argv
 
 
 _enter_host()
+
+sys.path.append(str(Path(__file__).resolve().parent))  # helpers beside the tests
