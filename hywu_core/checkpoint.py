@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import GeneratorConfig
 from .errors import CheckpointError
-from .files import atomic_write, open_safetensors, PICKLE_SUFFIXES, write_safetensors
+from .files import PICKLE_SUFFIXES, atomic_write, open_safetensors, write_safetensors
 from .generator import Generator
 
 CONFIG_FILE = "config.json"

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import GeneratorConfig, GROUPED
+from .config import GROUPED, GeneratorConfig
 from .errors import LoraError
 
 

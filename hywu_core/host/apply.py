@@ -24,7 +24,7 @@ from comfy.patcher_extension import WrappersMP
 from ..errors import MatchError
 from ..lora import InstanceLora
 from .bank import Bank
-from .matching import Match, match, Matches
+from .matching import Match, Matches, match
 
 KEY = "hywu"
 COMPILE_KEY = "torch.compile"  # the host's own, of its TorchCompileModel node

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..condition import CLIP_VISION, Condition, CONDITIONING, ConditionPart
+from ..condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
 from ..errors import ConditionError
 
 

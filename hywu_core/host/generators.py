@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoint import inspect_generator
 from ..chunked import memory_required
-from ..condition import assemble, Condition
+from ..condition import Condition, assemble
 from ..config import GeneratorConfig
 from ..errors import ConditionError
 from ..generator import Generator

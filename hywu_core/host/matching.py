@@ -8,7 +8,7 @@ import comfy.lora
 import torch
 
 from ..errors import MatchError
-from ..layout import place, Placement
+from ..layout import Placement, place
 from ..lora import InstanceLora, LoraFactor
 
 ROOT = "diffusion_model"

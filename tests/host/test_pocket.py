@@ -8,10 +8,10 @@ import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management
 import comfy.sd
+import nodes as host_nodes
 import pytest
 import torch
 
-import nodes as host_nodes
 from hywu_core.bases import pocket
 from hywu_core.bases.pocket import editor, text
 from hywu_core.errors import CheckpointError
