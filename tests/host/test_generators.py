@@ -1,0 +1,235 @@
+"""Generators under the host's memory management, conditions from the host's types, and the folder models/hywu."""
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hywu_core import CheckpointError, ConditionError, GenerationError, Generator, load_generator, save_generator
+from hywu_core.condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
+from hywu_core.config import GeneratorConfig
+from hywu_core.host import conditions, folders, generators, lora_store
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def gen_2(fixtures_dir):
+    return fixtures_dir / "gen_2"
+
+
+@pytest.fixture
+def golden(fixtures_dir):
+    return load_file(fixtures_dir / "gen_2" / "io.safetensors")
+
+
+def as_condition(tokens: torch.Tensor) -> Condition:
+    return Condition((ConditionPart(CONDITIONING, tokens),))
+
+
+def test_the_host_path_gives_the_reference_numbers(gen_2, golden):
+    handle = generators.load(gen_2)
+    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
+    for name, pair in lora.factors.items():
+        torch.testing.assert_close(pair.down, golden[f"case1.out.{name}.lora_A"], atol=2e-5, rtol=0)
+        torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
+    assert lora.metadata["generator_hash"] == handle.fingerprint
+
+
+def test_weights_are_counted_and_loaded_only_on_use(gen_2, golden):
+    handle = generators.load(gen_2)
+    assert handle.patcher not in comfy.model_management.loaded_models()
+    generators.generate(handle, as_condition(golden["case1.condition"]))
+    assert handle.patcher in comfy.model_management.loaded_models()
+    assert handle.patcher.model_size() == sum(p.numel() * 4 for p in handle.generator.parameters())
+
+
+@pytest.mark.parametrize(("name", "bound"), [("bfloat16", 2e-2), ("float16", 5e-3), ("fp8_e4m3fn", 0.2)])
+def test_weight_dtypes_stay_near_float32(gen_2, golden, name, bound):
+    handle = generators.load(gen_2, generators.WEIGHT_DTYPES[name])
+    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
+    assert next(handle.generator.parameters()).dtype == generators.WEIGHT_DTYPES[name]
+    flat = torch.cat([pair.up.float().flatten() for pair in lora.pairs])
+    reference = torch.cat([golden[f"case1.out.{n}.lora_B"].flatten() for n in lora.names])
+    error = float((flat - reference).norm() / reference.norm())
+    assert 0 < error < bound
+
+
+def test_the_host_can_load_it_again_by_itself(gen_2, golden):
+    """MultiGPU and the trainer ask a patcher for a second, non-dynamic copy of its model."""
+    handle = generators.load(gen_2)
+    copy = handle.patcher.clone(force_deepcopy=True)
+    assert copy.model is not handle.patcher.model
+    ours, theirs = handle.patcher.model_state_dict(), copy.model_state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+
+
+def test_progress_is_shown_and_cancel_works_between_chunks(gen_2, golden, monkeypatch):
+    seen = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
+    handle, condition = generators.load(gen_2), as_condition(golden["case1.condition"])
+    whole = generators.generate(handle, condition)
+    assert seen[-1][0] == seen[-1][1] and [value for value, _ in seen] == sorted(value for value, _ in seen)
+
+    def cancel_at_once(value, total, *_, **__):
+        assert value < total, "the run must not come to its end"
+        comfy.model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel_at_once)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        generators.generate(handle, condition)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+    again = generators.generate(handle, condition)
+    assert all(torch.equal(a.up, b.up) for a, b in zip(again.pairs, whole.pairs, strict=True))
+
+
+def test_the_cache_of_the_host_counts_a_lora_fully(gen_2, golden):
+    lora = generators.generate(generators.load(gen_2), as_condition(golden["case1.condition"]))
+
+    def counted(outputs) -> int:  # how the host's RAM-pressure cache looks at a node's outputs: lists and tuples only
+        if isinstance(outputs, torch.Tensor):
+            return outputs.numel()
+        return sum(counted(o) for o in outputs) if isinstance(outputs, (list, tuple)) else 0
+
+    assert counted([[lora]]) == lora.elements
+
+
+def test_not_finite_is_one_error_that_names_the_layer(gen_2, golden, tmp_path):
+    generator = load_generator(gen_2)
+    generator.model.layer_pos.weight[1] = float("nan")
+    path = save_generator(generator, tmp_path / "nan.safetensors")
+    with pytest.raises(GenerationError, match="not finite in layer [01]"):
+        generators.generate(generators.load(path), as_condition(golden["case1.condition"]))
+    bad = golden["case1.condition"].clone()
+    bad[0, 0, 0] = float("inf")
+    with pytest.raises(ConditionError, match="NaN or infinity"):
+        generators.generate(generators.load(gen_2), as_condition(bad))
+
+
+def test_a_condition_of_another_width_names_both(gen_2):
+    with pytest.raises(ConditionError, match=r"conditioning \(1, 5, 63\).*reads hidden_states \(batch, length, 64\)"):
+        generators.generate(generators.load(gen_2), as_condition(torch.zeros(1, 5, 63)))
+
+
+def test_parts_have_their_own_range_of_the_width():
+    """Two parts give what one projection for each of them gives."""
+    config = two_part_config()
+    generator = Generator(config).initialize(0)
+    text, vision = torch.randn(1, 5, 12), torch.randn(1, 3, 8)
+    both = Condition((ConditionPart(CLIP_VISION, vision), ConditionPart(CONDITIONING, text)))
+    tokens = generators.assemble(both, config)
+    assert tokens.shape == (1, 8, 20)
+    weight, bias = generator.hidden_in.weight, generator.hidden_in.bias
+    expected = torch.cat((text @ weight[:, :12].T, vision @ weight[:, 12:].T), dim=1) + bias
+    torch.testing.assert_close(generator.hidden_in(tokens), expected)
+    with pytest.raises(ConditionError, match=r"conditioning \(1, 5, 12\).*clip_vision \(batch, length, 8\)"):
+        generators.assemble(as_condition(text), config)
+
+
+def two_part_config() -> GeneratorConfig:
+    parts = [{"kind": "conditioning", "width": 12}, {"kind": "clip_vision", "width": 8}]
+    return GeneratorConfig(
+        d_model=16, head_dim=8, num_pg_layers=1, input_dim=20, output_dim=16, num_base_model_layers=2, rank=4, alpha=4,
+        token_dim=16, dim_accumulation=1, pg_mapping={"q": {"lora_A_dim": 8, "lora_B_dim": 8}},
+        hywu={"condition": parts},
+    )  # fmt: skip
+
+
+def test_conditions_from_the_hosts_types():
+    entry, vision = [torch.zeros(1, 5, 12), {}], {"last_hidden_state": torch.zeros(1, 3, 8)}
+    condition = conditions.from_host([entry], vision, "make it blue")
+    assert [(part.kind, tuple(part.tokens.shape)) for part in condition.parts] == [
+        (CONDITIONING, (1, 5, 12)),
+        (CLIP_VISION, (1, 3, 8)),
+    ]
+    with pytest.raises(ConditionError, match="2 entries"):
+        conditions.from_host([entry, entry])
+
+
+@pytest.fixture
+def hywu_folders(tmp_path):
+    """The folder list as extra_model_paths.yaml leaves it: another tool's path is already there."""
+    before = dict(folder_paths.folder_names_and_paths)
+    folder_paths.folder_names_and_paths["hywu"] = ([str(tmp_path)], set())
+    folders.register()
+    yield tmp_path
+    folder_paths.folder_names_and_paths.clear()
+    folder_paths.folder_names_and_paths.update(before)
+
+
+def test_the_folder_keeps_the_paths_of_others_and_lists_generators(hywu_folders, gen_2):
+    roots = folder_paths.get_folder_paths("hywu")
+    assert roots[0] == str(hywu_folders) and any(root.endswith("models/hywu") for root in roots)
+    folders.register()
+    assert folder_paths.get_folder_paths("hywu") == roots
+    save_generator(load_generator(gen_2), hywu_folders / "folder")
+    save_generator(load_generator(gen_2), hywu_folders / "sub" / "single.safetensors")
+    (hywu_folders / "notes.txt").write_text("not a model")
+    assert {"folder/", "sub/single.safetensors"} <= set(folders.generator_names())
+    assert not any(name.startswith("folder/m") or name.endswith(".txt") for name in folders.generator_names())
+    assert folders.generator_path("folder/") == hywu_folders / "folder"
+    assert generators.load(folders.generator_path("sub/single.safetensors")).config.rank == 4
+
+
+def test_a_generator_outside_the_folder_is_refused(hywu_folders):
+    for name in ("nothing.safetensors", "../secret.safetensors"):
+        with pytest.raises(CheckpointError, match="There is no generator"):
+            folders.generator_path(name)
+
+
+def test_a_lora_is_saved_below_the_output_folder(tmp_path, monkeypatch, gen_2, golden):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    lora = generators.generate(generators.load(gen_2), as_condition(golden["case2.condition"].squeeze(1)))
+    last = lora_store.save_to_output(lora, "loras/edit", "stock", torch.bfloat16)
+    assert last == tmp_path / "loras" / "edit_00002_.safetensors"
+    assert sorted(p.name for p in (tmp_path / "loras").iterdir()) == [
+        "edit_00001_.safetensors",
+        "edit_00002_.safetensors",
+    ]
+    state = comfy.utils.load_torch_file(str(last))
+    assert {t.dtype for k, t in state.items() if "lora_" in k} == {torch.bfloat16}
+
+
+def test_a_place_that_cannot_be_written_to_is_one_error(tmp_path, monkeypatch):
+    from hywu_core import InstanceLora, LoraFactor, SaveError
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    (tmp_path / "loras").write_text("a file where the folder should be")
+    lora = InstanceLora({"q": LoraFactor(torch.zeros(1, 2, 4), torch.zeros(1, 4, 2))})
+    for prefix in ("loras/edit", "../../outside"):
+        with pytest.raises(SaveError, match="Cannot save"):
+            lora_store.save_to_output(lora, prefix, "stock", None)
+    assert [p.name for p in tmp_path.iterdir()] == ["loras"]
+
+
+def test_damaged_checkpoints_are_named_before_anything_is_loaded(gen_2, tmp_path):
+    generator = load_generator(gen_2)
+    path = save_generator(generator, tmp_path / "folder")
+    weights = path / "model.safetensors"
+    state, whole = load_file(weights), weights.read_bytes()
+
+    def refused(match: str) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            generators.load(path)
+
+    renamed = {name.replace("norm_final", "norm_last"): tensor for name, tensor in state.items()}
+    save_file(renamed, weights)
+    refused(r"missing model.norm_final.weight \[64\]; unexpected model.norm_last.weight \[64\]")
+    save_file(state | {"hidden_in.bias": torch.zeros(64, dtype=torch.int64)}, weights)
+    refused("hidden_in.bias is stored as I64, expected a floating-point type")
+    save_file(state | {"hidden_in.bias": torch.zeros(3)}, weights)
+    refused(r"hidden_in.bias has the shape \[3\], expected \[64\]")
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused("probably truncated")
+    weights.unlink()
+    (path / "pytorch_model.bin").write_bytes(b"pickle")
+    refused("pytorch_model.bin would be pickles, which are refused")
+    (path / "config.json").unlink()
+    refused("has no config.json")
