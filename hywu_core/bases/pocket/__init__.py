@@ -13,7 +13,7 @@ from .editor import EditorConfig, build_editor, load_editor, save_editor
 from .text import TextConfig, build_text_encoder, load_text_encoder, save_text_encoder
 from .vae import load_vae
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 __all__ = [
     "EditorConfig",

@@ -178,7 +178,13 @@ def text_encoder_from_state(state: dict[str, Tensor], config: TextConfig, disabl
         raise CheckpointError(f"These are not the weights of this text encoder; they differ in {', '.join(wrong[:8])}.")
     target = comfy.supported_models_base.ClipTarget(partial(_tokenizer, config), partial(_encoder, config))
     parameters = sum(tensor.numel() for tensor in state.values())
-    return comfy.sd.CLIP(target, parameters=parameters, state_dict=[dict(state)], disable_dynamic=disable_dynamic)
+    return comfy.sd.CLIP(
+        target,
+        parameters=parameters,
+        state_dict=[dict(state)],
+        model_options={"dtype": torch.float32},  # half a megabyte: nothing to gain from the host's float16
+        disable_dynamic=disable_dynamic,
+    )
 
 
 def initial_state(config: TextConfig, seed: int) -> dict[str, Tensor]:
