@@ -3,9 +3,9 @@
 from comfy_api.latest import ComfyExtension
 
 from ..hywu_core.host import folders
-from . import generate, lora, pocket
+from . import compare, generate, lora, pocket
 
-TOPICS = (generate, lora, pocket)
+TOPICS = (generate, lora, compare, pocket)
 
 
 class HYWUExtension(ComfyExtension):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import folder_paths
 import torch
 
-from ..errors import SaveError
-from ..lora import InstanceLora
+from ..errors import LoraError, SaveError
+from ..lora import InstanceLora, blend, truncate
 from ..lora_files import Dialect, from_state_dict, load_lora, save_lora
 
 FOLDER = "loras"
@@ -77,3 +77,17 @@ def as_instance_lora(lora: InstanceLora | Mapping[str, torch.Tensor]) -> Instanc
         LoraError: if it is no plain low-rank LoRA.
     """
     return lora if isinstance(lora, InstanceLora) else from_state_dict(lora)
+
+
+def blend_from_text(loras: Sequence[InstanceLora], weights: str, max_rank: int = 0) -> InstanceLora:
+    """Blend with weights as an artist writes them: "0.7, 0.3", or nothing for equal shares.
+
+    Raises:
+        LoraError: if the weights are no numbers, or not one for each LoRA.
+    """
+    try:
+        numbers = [float(word) for word in weights.replace(",", " ").split()] or [1 / len(loras)] * len(loras)
+    except ValueError:
+        raise LoraError(f"The weights {weights!r} are not numbers separated by commas, such as 0.7, 0.3.") from None
+    blended = blend(loras, numbers)
+    return truncate(blended, max_rank) if max_rank else blended

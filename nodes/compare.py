@@ -1,0 +1,90 @@
+"""Blend LoRAs, and see what they change."""
+
+from comfy_api.latest import io
+
+from ..hywu_core.host import charts, lora_store
+from .types import Lora
+
+
+def _loras_input(minimum: int, tooltip: str) -> io.Autogrow.Input:
+    template = io.Autogrow.TemplatePrefix(Lora.Input("lora", tooltip=tooltip), prefix="lora", min=minimum, max=50)
+    return io.Autogrow.Input("loras", template=template, tooltip=tooltip)
+
+
+class HYWUBlendLoRAs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWUBlendLoRAs",
+            display_name="Blend Instance LoRAs",
+            category="HY-WU",
+            description="One LoRA whose every change is the weighted sum of the given ones'. Exact: the ranks are put side "
+            "by side, products are never averaged factor by factor. A maximum rank cuts the result to the nearest LoRA of "
+            "that rank.",
+            inputs=[
+                _loras_input(2, "The LoRAs to blend; a new socket appears for each one wired in."),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip="One number for each LoRA, separated by commas, such as 0.7, 0.3. Empty: equal shares.",
+                ),
+                io.Int.Input(
+                    "max_rank",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="0 keeps the exact blend, whose rank is the sum of all. Any other number cuts it to that rank.",
+                ),
+            ],
+            outputs=[Lora.Output("lora", tooltip="The blend, for Apply Generated LoRA and Save Instance LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, loras: io.Autogrow.Type, weights, max_rank):
+        return io.NodeOutput(lora_store.blend_from_text(list(loras.values()), weights, max_rank))
+
+
+class HYWUInspectLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWUInspectLoRA",
+            display_name="Inspect Instance LoRA",
+            category="HY-WU",
+            description="How much a LoRA changes each weight: the norm of its change by layer and target, as a picture and "
+            "as a table.",
+            inputs=[Lora.Input("lora", tooltip="The LoRA to look at. Of a batch, the mean is shown.")],
+            outputs=[
+                io.Image.Output("image", tooltip="Layers down, targets across; for Preview Image."),
+                io.String.Output("table", tooltip="The same as tab-separated text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, lora):
+        return io.NodeOutput(*charts.norms_by_layer(lora))
+
+
+class HYWUCompareLoRAs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="HYWUCompareLoRAs",
+            display_name="Compare Instance LoRAs",
+            category="HY-WU",
+            description="How alike LoRAs are: the cosine between the changes of every two. 1 is the same edit, 0 has nothing "
+            "in common, -1 is the opposite. Compared are the products B A, not the factors, which may differ for the same "
+            "change.",
+            inputs=[_loras_input(2, "The LoRAs to compare; a new socket appears for each one wired in.")],
+            outputs=[
+                io.Image.Output("image", tooltip="Every LoRA against every other; for Preview Image."),
+                io.String.Output("table", tooltip="The same as tab-separated text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, loras: io.Autogrow.Type):
+        return io.NodeOutput(*charts.cosines(list(loras.values())))
+
+
+NODES = [HYWUBlendLoRAs, HYWUInspectLoRA, HYWUCompareLoRAs]
