@@ -124,9 +124,10 @@ class HostServer:
         async with aiohttp.ClientSession() as session:
             async with session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as socket_:
                 async with session.post(f"{self.url}/prompt", json={"prompt": prompt, "client_id": client}) as answer:
-                    if answer.status != 200:
-                        raise RuntimeError(f"The server refused the prompt: {await answer.text()}")
-                    run = Run((await answer.json())["prompt_id"])
+                    reply = await answer.json()
+                    if answer.status != 200 or reply["node_errors"]:  # one valid output is enough for a status of 200
+                        raise RuntimeError(f"The server refused the prompt: {json.dumps(reply)}")
+                    run = Run(reply["prompt_id"])
                 async for message in socket_:
                     if message.type != aiohttp.WSMsgType.TEXT:
                         continue  # a preview picture
