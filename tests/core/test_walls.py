@@ -1,0 +1,170 @@
+"""The load-bearing walls of the design, held by reading the source: nothing here needs the host."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE, NODES = ROOT / "hywu_core", ROOT / "nodes"
+HOST_SIDES = (CORE / "host", CORE / "bases")
+HOST_MODULES = {"folder_paths", "nodes", "node_helpers", "execution", "server", "latent_preview"}
+MAX_LINES = 400
+
+# Every id that a saved workflow may hold, or will. An id is never renamed and never removed.
+NODE_IDS = {
+    "HYWULoadGenerator",
+    "HYWUCondition",
+    "HYWUGenerateLoRA",
+    "HYWUApplyLoRA",
+    "HYWUSaveLoRA",
+    "HYWULoadLoRA",
+    "HYWUBlendLoRAs",
+    "HYWUInspectLoRA",
+    "HYWUCompareLoRAs",
+    "HYWUNewGenerator",
+    "HYWUTrainGenerator",
+    "HYWUSaveGenerator",
+    "HYWUEvaluateGenerator",
+    "HYWULoadHunyuanImage3",
+    "HYWUHunyuanImage3Edit",
+    "HYWUHunyuanImage3Condition",
+    "HYWUHunyuanImage3Reason",
+    "HYWULoadPocketEditor",
+}
+RELEASED = {
+    "HYWULoadGenerator",
+    "HYWUCondition",
+    "HYWUGenerateLoRA",
+    "HYWUApplyLoRA",
+    "HYWUSaveLoRA",
+    "HYWULoadLoRA",
+    "HYWULoadPocketEditor",
+}
+
+
+def sources(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every absolute import, wherever in the file it stands."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def is_of_the_host(module: str) -> bool:
+    return module.startswith("comfy") or module in HOST_MODULES
+
+
+PURE = [path for path in sources(CORE) if not any(path.is_relative_to(side) for side in HOST_SIDES)]
+
+
+@pytest.mark.parametrize("path", PURE, ids=name)
+def test_the_core_does_not_know_the_host(path):
+    assert not {module for module in imported(path) if is_of_the_host(module)}
+    relative = {node.module or "" for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.level}
+    assert not {module for module in relative if module.split(".")[0] in ("host", "bases")}
+
+
+@pytest.mark.parametrize("path", sources(CORE), ids=name)
+def test_the_core_imports_itself_relatively(path):
+    """It is imported as hywu_core and as custom_nodes.<folder>.hywu_core."""
+    assert not imported(path) & {"hywu_core", "custom_nodes"}
+
+
+@pytest.mark.parametrize("path", sources(NODES), ids=name)
+def test_nodes_hold_no_tensor_arithmetic(path):
+    assert not imported(path) & {"torch", "numpy", "math", "safetensors", "comfy"}
+    arithmetic = (ast.Mult, ast.MatMult, ast.Div, ast.Pow, ast.Sub)
+    found = [node for node in ast.walk(tree(path)) if isinstance(node, ast.BinOp) and isinstance(node.op, arithmetic)]
+    assert not found, f"line {found[0].lineno}"
+
+
+@pytest.mark.parametrize("path", sources(CORE, NODES), ids=name)
+def test_nothing_is_placed_on_a_gpu_behind_the_hosts_back(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("cuda", "autocast"), f"line {node.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not node.value.startswith("cuda"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", sources(CORE), ids=name)
+def test_layers_with_parameters_come_from_injected_operations(path):
+    layers = {"Linear", "Embedding", "LayerNorm", "RMSNorm", "GroupNorm", "Conv1d", "Conv2d", "Conv3d"}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in layers:
+            owner = node.func.value
+            assert not (isinstance(owner, ast.Name) and owner.id == "nn"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", sources(CORE, NODES), ids=name)
+def test_no_pickle_no_eval_and_cancelling_passes_through(path):
+    assert not imported(path) & {"pickle", "subprocess", "requests", "urllib"}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), f"line {node.lineno}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            assert node.attr not in ("load", "save"), f"line {node.lineno}"
+        if isinstance(node, ast.ExceptHandler):  # the host cancels with a BaseException
+            caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {""}
+            reraised = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            assert reraised or not caught & {"", "BaseException"}, f"line {node.lineno}"
+
+
+def node_ids() -> list[str]:
+    calls = [node for path in sources(NODES) for node in ast.walk(tree(path)) if isinstance(node, ast.keyword)]
+    return [call.value.value for call in calls if call.arg == "node_id"]
+
+
+def test_node_ids_are_frozen():
+    ids = node_ids()
+    assert len(ids) == len(set(ids))
+    assert set(ids) <= NODE_IDS, "a new node needs an id in NODE_IDS, for ever"
+    assert set(ids) >= RELEASED, "a released node was renamed or removed"
+
+
+def test_every_node_has_a_help_page():
+    assert {page.stem for page in (ROOT / "web" / "docs").glob("*.md")} >= set(node_ids())
+
+
+@pytest.mark.parametrize("path", sources(CORE, NODES, ROOT / "scripts"), ids=name)
+def test_files_stay_small(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_there_is_one_folder_of_templates():
+    """The host mounts several at one address, and looks into no sub-folders."""
+    names = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert [name for name in names if (ROOT / name).exists()] == ["workflows"]
+    assert not [path for path in (ROOT / "workflows").iterdir() if path.is_dir()]
+
+
+def test_tests_are_collected_without_the_host_whatever_the_folder_is_called(tmp_path):
+    checkout = tmp_path / "my-checkout of.hywu"
+    for folder in ("nodes", "hywu_core"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    (checkout / "tests" / "core").mkdir(parents=True)
+    for file in ("__init__.py", "pyproject.toml", "tests/conftest.py", "tests/core/test_walls.py"):
+        shutil.copy(ROOT / file, checkout / file)
+    command = [sys.executable, "-m", "pytest", "--quiet", "-k", "node_ids_are_frozen"]
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 passed" in result.stdout
