@@ -47,8 +47,8 @@ def generator_path(name: str) -> Path:
     """
     roots = folder_paths.get_folder_paths(FOLDER)
     for root in roots:
-        path = Path(root, name)
-        if path.exists() and path.resolve().is_relative_to(Path(root).resolve()):
+        path = Path(os.path.normpath(os.path.join(root, name)))  # as written: links to other disks are welcome
+        if path.exists() and path.is_relative_to(os.path.normpath(root)):
             return path
     raise CheckpointError(f"There is no generator {name!r} in {', '.join(roots)}. Put its file or folder there.")
 
