@@ -109,15 +109,16 @@ def _deliver(
     generator: Generator, layer: int, tokens: Tensor, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, LoraFactor]:
     """One layer's factors on their way out, each in a storage of its own, so that no padding is kept alive."""
-    factors = {}
-    for name, pair in generator.layer_factors(tokens).items():
-        if not all(torch.isfinite(factor).all() for factor in pair):
-            raise GenerationError(
-                f"The generated LoRA is not finite in layer {layer}, target {name}. The generator's weights or the "
-                "condition hold NaN or infinity, or the computation overflowed: try bfloat16 or float32 weights."
-            )
-        factors[name] = LoraFactor(*(torch.empty_like(f, device=device, dtype=dtype or f.dtype).copy_(f) for f in pair))
-    return factors
+    if not torch.isfinite(tokens).all():  # asked once for the layer: every question waits for the device
+        raise GenerationError(
+            f"The generated LoRA is not finite in layer {layer}. The generator's weights or the condition hold NaN or "
+            "infinity, or the computation overflowed: try bfloat16 or float32 weights."
+        )
+
+    def own(factor: Tensor) -> Tensor:
+        return torch.empty_like(factor, device=device, dtype=dtype or factor.dtype).copy_(factor)
+
+    return {name: LoraFactor(own(down), own(up)) for name, (down, up) in generator.layer_factors(tokens).items()}
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:

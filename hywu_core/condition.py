@@ -61,27 +61,32 @@ def assemble(condition: Condition, config: GeneratorConfig) -> Tensor:
     Raises:
         ConditionError: naming both what is there and what is expected.
     """
+    given, batch = _check(condition, config), condition.batch
+    first = next(iter(given.values()))
+    laid, start = [], 0
+    for tokens in given.values():
+        stop = start + tokens.shape[-1]
+        padded = F.pad(tokens.to(first), (start, config.input_dim - stop))
+        laid.append(padded.expand(batch, -1, -1))
+        start = stop
+    return torch.cat(laid, dim=1)
+
+
+def _check(condition: Condition, config: GeneratorConfig) -> dict[str, Tensor]:
+    """{kind: tokens} in the order of the generator."""
     expected, given = expected_parts(config), {part.kind: part.tokens for part in condition.parts}
     if "condition" not in config.hywu and len(condition.parts) == 1:  # a released generator: the width must tell
         given = {expected[0][0]: condition.parts[0].tokens}
-    problem = {kind: tokens.shape[-1] for kind, tokens in given.items()} != dict(expected)
-    if problem or any(tokens.ndim != 3 or not tokens.shape[1] for tokens in given.values()):
+    fits = {kind: tokens.shape[-1] for kind, tokens in given.items()} == dict(expected)
+    fits = fits and all(tokens.ndim == 3 and tokens.shape[1] for tokens in given.values())
+    if not fits:
         found = ", ".join(f"{part.kind} {tuple(part.tokens.shape)}" for part in condition.parts) or "nothing"
         wanted = ", ".join(f"{kind} (batch, length, {width})" for kind, width in expected)
         raise ConditionError(
             f"The condition holds {found}, but this generator reads {wanted}. "
             "Wire the inputs that it was trained with, through a HY-WU Condition node."
         )
-    batch, start, laid = condition.batch, 0, []
-    for kind, width in expected:
-        tokens = given[kind]
-        if tokens.shape[0] not in (1, batch):
-            raise ConditionError(f"The part {kind} has a batch of {tokens.shape[0]}, another part has {batch}.")
-        padded = (
-            F.pad(tokens, (start, config.input_dim - start - width)).to(laid[0])
-            if laid
-            else F.pad(tokens, (0, config.input_dim - width))
-        )
-        laid.append(padded.expand(batch, -1, -1))
-        start += width
-    return torch.cat(laid, dim=1)
+    batches = {kind: tokens.shape[0] for kind, tokens in given.items()}
+    if len(set(batches.values()) - {1}) > 1:
+        raise ConditionError(f"The parts of the condition have different batch sizes: {batches}.")
+    return {kind: given[kind] for kind, _ in expected}
