@@ -1,0 +1,173 @@
+"""LoRAs on mixtures of experts, against the reference's numbers: a two-layer toy with its base, its LoRA and its outputs."""
+
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.ops
+import comfy.patcher_extension
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hywu_core import InstanceLora, LoraFactor
+from hywu_core.bases.hunyuan_image3.moe import MixtureOfExperts
+from hywu_core.host.apply import apply_lora
+from hywu_core.host.bank import delta_of
+from hywu_core.lora_files import from_state_dict, to_peft_state_dict, to_state_dict
+
+HIDDEN, INTERMEDIATE, EXPERTS, LAYERS = 32, 20, 4, 2
+PARTS = {"w3": "gate_and_up_proj", "w1": "gate_and_up_proj", "w2": "down_proj"}
+
+
+class Layer(nn.Module):
+    """x += o_proj(tanh(qkv_proj(x))[..., :24]); x += mlp(x), as the fixture was made."""
+
+    def __init__(self, ops):
+        super().__init__()
+        self.self_attn = nn.Module()
+        self.self_attn.qkv_proj = ops.Linear(HIDDEN, 48, bias=False)
+        self.self_attn.o_proj = ops.Linear(24, HIDDEN)
+        self.mlp = MixtureOfExperts(HIDDEN, INTERMEDIATE, EXPERTS, 2, ops)
+
+    def forward(self, x):
+        x = x + self.self_attn.o_proj(torch.tanh(self.self_attn.qkv_proj(x))[..., :24])
+        return x + self.mlp(x)
+
+
+class Toy(nn.Module):
+    """What the host's BaseModel is to a LoRA: a diffusion_model, a model_sampling, and apply_model with its wrappers."""
+
+    def __init__(self):
+        super().__init__()
+        self.diffusion_model = nn.Module()
+        self.diffusion_model.model = nn.Module()
+        self.diffusion_model.model.layers = nn.ModuleList(Layer(comfy.ops.disable_weight_init) for _ in range(LAYERS))
+        self.model_sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
+        self.model_config = SimpleNamespace(unet_config={})
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None):
+        for layer in self.diffusion_model.model.layers:
+            x = layer(x)
+        return x
+
+    def run(self, patcher, x):
+        wrappers = patcher.get_all_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL)
+        comfy.model_management.load_models_gpu([patcher, *patcher.get_additional_models()])
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._apply_model, self, wrappers)
+        return executor.execute(x, torch.tensor([0.5]))
+
+
+@pytest.fixture
+def golden(fixtures_dir):
+    with torch.inference_mode():
+        yield load_file(fixtures_dir / "lora_apply.safetensors")
+
+
+@pytest.fixture
+def toy(golden):
+    model = Toy().requires_grad_(False)
+    state = {}
+    for name, tensor in golden.items():
+        if name.startswith("base.") and ".experts." not in name:
+            state[f"diffusion_model.{name.removeprefix('base.')}"] = tensor
+    for layer in range(LAYERS):
+        for part in ("gate_and_up_proj", "down_proj"):
+            bank = f"model.layers.{layer}.mlp.experts"
+            state[f"diffusion_model.{bank}.{part}.weight"] = stacked(golden, "base", bank, part)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all("model_sampling" in name for name in missing)
+    return comfy.model_patcher.CoreModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+@pytest.fixture
+def lora(golden):
+    names = sorted(name.removesuffix(".lora_A").removeprefix("lora.") for name in golden if name.endswith(".lora_A"))
+    factors = {name: LoraFactor(golden[f"lora.{name}.lora_A"], golden[f"lora.{name}.lora_B"]) for name in names}
+    return InstanceLora(factors, float(golden["lora.scale"]))
+
+
+def stacked(golden, which, bank, part):
+    return torch.stack([golden[f"{which}.{bank}.{expert}.{part}.weight"] for expert in range(EXPERTS)])
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["x1", "x2"])  # batch 1, and batch 2 with one LoRA: the two rows of guidance
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_the_reference_numbers(toy, lora, golden, case, mode):
+    x, run = golden[f"{case}.in"], toy.model.run
+    close(run(toy, x), golden[f"{case}.out_base"])
+    patched, report = apply_lora(toy, lora, 1.0, mode)
+    assert str(report) == "matched 14/14 targets"
+    close(run(patched, x), golden[f"{case}.out_lora"])
+    assert (golden[f"{case}.out_lora"] - golden[f"{case}.out_base"]).abs().max() > 0.5
+    close(run(toy, x), golden[f"{case}.out_base"])
+
+
+def test_merged_weights_are_the_references(toy, lora, golden):
+    patched, _ = apply_lora(toy, lora, 1.0, "merge")
+    before = {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}
+    comfy.model_management.load_models_gpu([patched])
+    state = patched.model.state_dict()
+    for name, tensor in golden.items():
+        if name.startswith("merged.") and ".experts." not in name:
+            close(state[f"diffusion_model.{name.removeprefix('merged.')}"], tensor)
+    for layer in range(LAYERS):
+        for part in ("gate_and_up_proj", "down_proj"):
+            bank = f"model.layers.{layer}.mlp.experts"
+            close(state[f"diffusion_model.{bank}.{part}.weight"], stacked(golden, "merged", bank, part))
+    comfy.model_management.load_models_gpu([toy])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in toy.model.state_dict().items())
+
+
+def test_batched_factors_are_the_references(golden):
+    down, up = golden["bmm.A"], golden["bmm.B"]
+    for rows in ("2", "3"):
+        found = delta_of(golden[f"bmm.h{rows}"], down, up)
+        torch.testing.assert_close(found, golden[f"bmm.out{rows}"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_strengths_of_stacked_loras_add_up(toy, lora, golden, mode):
+    x, run = golden["x2.in"], toy.model.run
+    whole, _ = apply_lora(toy, lora, 1.0, "bypass")
+    part, _ = apply_lora(toy, lora, 1.5, mode)
+    stacked_twice, _ = apply_lora(part, lora, -0.5, "bypass")
+    close(run(stacked_twice, x), run(whole, x))
+
+
+def test_every_sample_has_its_own_experts(toy, lora, golden):
+    """Rows are sorted by expert, so a sample's rows lie scattered; each must find its own factors."""
+    other = lora.scaled(-0.7)
+    factors = {
+        name: LoraFactor(*(torch.cat(pair) for pair in zip(pair, (pair.down, pair.up * -0.7), strict=True)))
+        for name, pair in lora.factors.items()
+    }
+    both, _ = apply_lora(toy, InstanceLora(factors, lora.scale), 1.0, "bypass")
+    found = toy.model.run(both, golden["x2.in"])
+    for index, single in enumerate((lora, other)):
+        alone, _ = apply_lora(toy, single, 1.0, "bypass")
+        close(found[index : index + 1], toy.model.run(alone, golden["x2.in"][index : index + 1]))
+
+
+@pytest.mark.parametrize("dialect", [to_state_dict, to_peft_state_dict])
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_files_carry_experts(toy, lora, golden, dialect, mode):
+    patched, _ = apply_lora(toy, from_state_dict(dialect(lora)), 1.0, mode)
+    close(toy.model.run(patched, golden["x1.in"]), golden["x1.out_lora"])
+
+
+def test_experts_of_another_number_are_refused(toy, lora):
+    name = "model.layers.0.mlp.experts.w1"
+    pair = lora.factors[name]
+    with pytest.raises(Exception, match=r"experts.w1.*\(3, 20, 32\).*4 experts"):
+        apply_lora(toy, InstanceLora({name: LoraFactor(pair.down[:, :3], pair.up[:, :3])}), 1.0)
