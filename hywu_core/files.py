@@ -27,7 +27,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; the writer may leave a file only its owner can read
+        mode = (
+            temporary.stat().st_mode
+        )  # what the user's umask gives; the writer may leave a file only its owner can read
         yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb") as handle:

@@ -75,8 +75,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
         """x (..., rows, d) -> (..., rows, d)."""
         queries = rotate(self._split(self.W_q(x)), table)
-        attended = F.scaled_dot_product_attention(queries, *keys_values)
-        return self.W_o(attended.transpose(-2, -3).flatten(-2))
+        # fused kernels take one leading axis; with two, all scores would be written out
+        attended = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (queries, *keys_values)))
+        return self.W_o(attended.view_as(queries).transpose(-2, -3).flatten(-2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
