@@ -5,7 +5,7 @@ Letters: B batch · E experts · r rank. A factor pair changes its weight by sca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -90,14 +90,14 @@ class InstanceLora(_Fields):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> InstanceLora:
         """The same LoRA elsewhere; shares storage where nothing changes."""
-        return self._map(lambda pair: LoraFactor(*(t.to(device=device, dtype=dtype) for t in pair)))
+        return self.map(lambda pair: LoraFactor(*(t.to(device=device, dtype=dtype) for t in pair)))
 
     def select(self, index: int) -> InstanceLora:
         """Instance `index` of the batch, as a batch of 1."""
         if not -self.batch <= index < self.batch:
             raise LoraError(f"There is no instance {index}: this LoRA holds {self.batch}.")
         index %= self.batch
-        return self._map(lambda pair: LoraFactor(pair.down[index : index + 1], pair.up[index : index + 1]))
+        return self.map(lambda pair: LoraFactor(pair.down[index : index + 1], pair.up[index : index + 1]))
 
     def scaled(self, strength: float) -> InstanceLora:
         """The same LoRA, `strength` times as strong."""
@@ -107,7 +107,8 @@ class InstanceLora(_Fields):
         """The same LoRA with entries added to its metadata."""
         return InstanceLora(self.factors, self.scale, {**self.metadata, **entries})
 
-    def _map(self, change) -> InstanceLora:
+    def map(self, change: Callable[[LoraFactor], LoraFactor]) -> InstanceLora:
+        """The same LoRA with every factor pair changed by a function."""
         return InstanceLora({n: change(p) for n, p in self.factors.items()}, self.scale, self.metadata)
 
 
@@ -137,7 +138,7 @@ def truncate(lora: InstanceLora, rank: int) -> InstanceLora:
     """
     if rank < 1:
         raise LoraError(f"The rank must be at least 1, got {rank}.")
-    return lora._map(lambda pair: pair if pair.rank <= rank else _truncate(pair, rank))
+    return lora.map(lambda pair: pair if pair.rank <= rank else _truncate(pair, rank))
 
 
 def inner(a: LoraFactor, b: LoraFactor) -> Tensor:

@@ -1,0 +1,29 @@
+"""Training generators end to end: the base's own diffusion loss through the frozen base, with no collected LoRAs (paper
+Figs 2c and 3).
+
+    Sample       what one picture and one instruction bring: latent, the base's conditioning, the generator's condition
+    Trainable    what is trained: a generator, one shared LoRA, or the base itself
+    Objective    how well a LoRA does on samples; runs the base and its backward pass (hywu_core.host.training)
+    Trainer      the loop: two-stage backward, schedule, EMA, exact resume
+
+This package knows torch only.
+"""
+
+from .config import TrainConfig
+from .data import Sample, SampleSource
+from .trainable import FullFineTuning, GeneratorTrainable, SharedLora, Trainable
+from .trainer import Objective, StepReport, Trainer, TrainingError
+
+__all__ = [
+    "FullFineTuning",
+    "GeneratorTrainable",
+    "Objective",
+    "Sample",
+    "SampleSource",
+    "SharedLora",
+    "StepReport",
+    "TrainConfig",
+    "Trainable",
+    "Trainer",
+    "TrainingError",
+]

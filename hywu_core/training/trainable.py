@@ -1,0 +1,121 @@
+"""What can be trained by the same loop: a generator, one LoRA shared by all samples, or the base itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GeneratorConfig
+from ..generator import Generator
+from ..layout import full_name, targets
+from ..lora import InstanceLora, LoraFactor
+from .data import Sample
+
+
+class Trainable(Protocol):
+    """Parameters, and the LoRA that they make of samples."""
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes, by the names under which a run is stored."""
+
+    def lora(self, samples: Sequence[Sample]) -> InstanceLora | None:
+        """The samples' LoRA with its graph: one instance for each, or one for all; None if the base itself is trained."""
+
+
+class GeneratorTrainable:
+    """A generator writes an instance for each sample from its condition."""
+
+    def __init__(self, generator: Generator):
+        self.generator = generator
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The generator's parameters under their released names."""
+        return dict(self.generator.named_parameters())
+
+    def lora(self, samples: Sequence[Sample]) -> InstanceLora:
+        """One instance for each sample."""
+        parameter = next(self.generator.parameters())
+        conditions = [sample.condition.to(parameter) for sample in samples]
+        if len({condition.shape for condition in conditions}) == 1:
+            return self.generator(torch.stack(conditions))
+        return concatenate([self.generator(condition.unsqueeze(0)) for condition in conditions])
+
+
+class SharedLora(nn.Module):
+    """One LoRA for all samples, on the targets of a generator's configuration: the baseline that every edit must share."""
+
+    def __init__(self, config: GeneratorConfig, rank: int, alpha: float, seed: int = 0):
+        super().__init__()
+        source = torch.Generator().manual_seed(seed)
+        self.scale = alpha / rank
+        self.names, self.downs, self.ups = [], nn.ParameterList(), nn.ParameterList()
+        for layer in range(config.num_base_model_layers):
+            for target in targets(config):
+                down = torch.randn(target.down_shape(rank), generator=source) / target.in_features**0.5
+                self.names.append(full_name(config, layer, target.name))
+                self.downs.append(nn.Parameter(down))
+                self.ups.append(nn.Parameter(torch.zeros(target.up_shape(rank))))
+
+    def named_parameters(self, *args, **kwargs) -> dict[str, nn.Parameter]:
+        """The factors, numbered in token order."""
+        return dict(super().named_parameters(*args, **kwargs))
+
+    def lora(self, samples: Sequence[Sample] = ()) -> InstanceLora:
+        """One instance for all samples."""
+        pairs = zip(self.downs, self.ups, strict=True)
+        factors = [LoraFactor(down.unsqueeze(0), up.unsqueeze(0)) for down, up in pairs]
+        return InstanceLora(dict(zip(self.names, factors, strict=True)), self.scale)
+
+
+class FullFineTuning:
+    """The base itself is trained, without a LoRA."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        self.parameters = parameters
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The base's parameters."""
+        return self.parameters
+
+    def lora(self, samples: Sequence[Sample]) -> None:
+        """None: nothing stands beside the base."""
+
+
+def concatenate(loras: Sequence[InstanceLora]) -> InstanceLora:
+    """The instances of several LoRAs of the same targets as one batch."""
+    factors = {
+        name: LoraFactor(*(torch.cat(parts) for parts in zip(*(lora.factors[name] for lora in loras), strict=True)))
+        for name in loras[0].names
+    }
+    return InstanceLora(factors, loras[0].scale, loras[0].metadata)
+
+
+def leaves(lora: InstanceLora) -> InstanceLora:
+    """The same LoRA cut off from its graph, ready to collect gradients of its own."""
+    return lora.map(lambda pair: LoraFactor(*(factor.detach().requires_grad_() for factor in pair)))
+
+
+def instances(lora: InstanceLora, part: slice) -> InstanceLora:
+    """A part of the batch; the whole where one instance serves all samples."""
+    return lora if lora.batch == 1 else lora.map(lambda pair: LoraFactor(pair.down[part], pair.up[part]))
+
+
+def diversity_loss(lora: InstanceLora) -> Tensor:
+    """Mean squared cosine between the dW of different samples of a batch, against collapse to one LoRA for all
+    (the idea of TFlow, arXiv 2605.13839). 0 for a single instance or where all dW are still zero.
+    """
+    batch = lora.batch
+    if batch < 2:
+        return lora.pairs[0].down.new_zeros(())
+    gram = lora.pairs[0].down.new_zeros(batch, batch)
+    for down, up in lora.pairs:  # <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)), over experts too
+        ups = torch.einsum("i...or,j...os->ij...rs", up, up)
+        downs = torch.einsum("i...rn,j...sn->ij...rs", down, down)
+        gram = gram + (ups * downs).flatten(2).sum(-1)
+    norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+    cosines = gram / (norms.unsqueeze(0) * norms.unsqueeze(1))
+    others = ~torch.eye(batch, dtype=torch.bool, device=gram.device)
+    return cosines[others].square().mean()

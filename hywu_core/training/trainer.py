@@ -1,0 +1,184 @@
+"""The training loop: one generator pass, the base in micro-batches, two-stage backward, and a run that resumes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import HywuError
+from ..lora import InstanceLora
+from .config import TrainConfig
+from .data import Draw, SampleSource, batch_of
+from .state import load_state, save_state
+from .trainable import Trainable, diversity_loss, instances, leaves
+
+
+class TrainingError(HywuError):
+    """Training cannot go on; the last good state is kept."""
+
+
+class Objective(Protocol):
+    """How well a LoRA does on samples."""
+
+    def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
+        """Run the base on the samples, each with its own instance, and add the gradients of `share` x the sum of the
+        losses to the LoRA's factors (or to the base's parameters). Returns the losses (B,), detached.
+        """
+
+
+class Communication(Protocol):
+    """How several processes share one step."""
+
+    rank: int
+    processes: int
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over the processes, in place."""
+
+
+class Alone:
+    """One process."""
+
+    rank, processes = 0, 1
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing to share."""
+
+
+class StepReport(NamedTuple):
+    """What one step did."""
+
+    step: int  # the first is 0
+    loss: float  # mean over this process's samples
+    rate: float
+    gradient_norm: float
+
+
+class Trainer:
+    """Trains parameters on samples. `step` does one optimizer step; `run` does the rest of them.
+
+    Args:
+        trainable: see `Trainable`.
+        objective: see `Objective`.
+        data: pairs by index.
+        config: see `TrainConfig`.
+        communication: with other processes; the batch is shared out among them evenly.
+    Raises:
+        TrainingError: if the batch cannot be shared out.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        objective: Objective,
+        data: SampleSource,
+        config: TrainConfig,
+        communication: Communication | None = None,
+    ):
+        self.trainable, self.objective, self.data, self.config = trainable, objective, data, config
+        self.communication = communication or Alone()
+        if config.batch % self.communication.processes:
+            raise TrainingError(
+                f"A batch of {config.batch} cannot be shared out evenly among {self.communication.processes} processes."
+            )
+        self.parameters = trainable.named_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.averaged = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
+        self.done = 0  # optimizer steps
+
+    def run(
+        self,
+        on_step: Callable[[StepReport], None] | None = None,
+        save_to: Path | None = None,
+        save_every: int = 0,
+    ) -> None:
+        """Train to the end of the schedule. Whatever ends it early (`on_step` may raise to cancel), the state after the
+        last whole step is written first, if `save_to` is given.
+        """
+        try:
+            while self.done < self.config.steps:
+                report = self.step()
+                if save_to and save_every and self.done % save_every == 0:
+                    self.save(save_to)
+                if on_step:
+                    on_step(report)
+        finally:
+            if save_to and self.done:
+                self.save(save_to)
+
+    def step(self) -> StepReport:
+        """One optimizer step.
+
+        Raises:
+            TrainingError: naming step and sample for a loss that is not finite. No parameter was changed then.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._backward(self._draws())
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.communication.average(gradients)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip or float("inf"))
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"The gradient is not finite in step {self.done}. Lower the learning rate, or compute in float32."
+            )
+        rate = self.config.rate(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        for name, average in self.averaged.items():
+            average.lerp_(self.parameters[name].detach(), 1 - self.config.ema)
+        self.done += 1
+        return StepReport(self.done - 1, float(losses.mean()), rate, float(norm))
+
+    def save(self, path: Path) -> None:
+        """Write the run's state atomically: parameters, optimizer, averages, progress."""
+        save_state(path, self.parameters, self.optimizer, self.averaged, self.done, self.config)
+
+    def resume(self, path: Path) -> None:
+        """Go on where a run stopped: what follows is what would have followed, bit for bit on the CPU.
+
+        Raises:
+            TrainingError: if the file is of another run.
+        """
+        self.done = load_state(path, self.parameters, self.optimizer, self.averaged, self.config)
+
+    def _draws(self) -> list[Draw]:
+        share = self.config.batch // self.communication.processes
+        first = share * self.communication.rank
+        return batch_of(self.data, self.config.seed, self.done, self.config.batch, slice(first, first + share))
+
+    def _backward(self, draws: list[Draw]) -> Tensor:
+        """Stage one: the base, micro-batch by micro-batch, leaves gradients on the factors alone. Stage two: one backward
+        pass from the factors through whatever wrote them. The sum of both is the gradient of the single graph.
+        """
+        lora = self.trainable.lora([draw.sample for draw in draws])
+        leaf = None if lora is None else leaves(lora)
+        size, losses = self.config.micro_batch or len(draws), []
+        for start in range(0, len(draws), size):
+            part = slice(start, start + size)
+            found = self.objective.backward(
+                None if leaf is None else instances(leaf, part), draws[part], 1 / len(draws)
+            )
+            self._check(found, draws[part])
+            losses.append(found)
+        if leaf is not None:
+            if self.config.diversity:
+                (self.config.diversity * diversity_loss(leaf)).backward()
+            written = [factor for pair in lora.pairs for factor in pair]
+            collected = [factor.grad for pair in leaf.pairs for factor in pair]
+            torch.autograd.backward(written, collected)
+        return torch.cat(losses)
+
+    def _check(self, losses: Tensor, draws: Sequence[Draw]) -> None:
+        for loss, draw in zip(losses.tolist(), draws, strict=True):
+            if loss - loss != 0:  # NaN or infinite
+                raise TrainingError(
+                    f"The loss is {loss} in step {self.done}, sample {draw.sample.key or 'without a name'!r}. The "
+                    "parameters are as after the step before. Look at that sample, or lower the learning rate."
+                )
