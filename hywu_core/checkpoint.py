@@ -99,9 +99,9 @@ def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | 
     if path.suffix == ".safetensors":
         write_safetensors(path, state, {"format": "pt", CONFIG_KEY: generator.config.to_json()})
         return path
-    write_safetensors(path / WEIGHTS_FILE, state, {"format": "pt"})
-    with atomic_write(path / CONFIG_FILE) as temporary:
+    with atomic_write(path / CONFIG_FILE) as temporary:  # takes its place only once the weights are in theirs
         temporary.write_text(generator.config.to_json(), encoding="utf-8")
+        write_safetensors(path / WEIGHTS_FILE, state, {"format": "pt"})
     return path
 
 
@@ -118,7 +118,11 @@ def _read_folder_config(folder: Path) -> GeneratorConfig:
             f"{folder} has no {CONFIG_FILE}, so it is not a generator's folder. "
             "Put the checkpoint's config.json and its .safetensors files there."
         )
-    return GeneratorConfig.from_json(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8 text ({error}). Download it again.") from None
+    return GeneratorConfig.from_json(text, str(file))
 
 
 def _folder_shards(folder: Path) -> list[Path]:
@@ -126,9 +130,9 @@ def _folder_shards(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
+            shards = [folder / name for name in sorted(set(names))]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again.") from None
-        shards = [folder / name for name in sorted(set(names))]
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent:
             raise CheckpointError(f"{folder} lacks the shards {_some(absent)} that {INDEX_FILE} names. Download them.")

@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             f"Cannot write {path}: {error}. Nothing was changed. Choose a folder that can be written to and has room."
         ) from error
     finally:
-        if temporary.exists():
+        if os.path.exists(temporary):  # not Path.exists: that raises where the folder may not even be looked into
             temporary.unlink()
 
 

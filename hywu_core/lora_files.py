@@ -125,12 +125,21 @@ def load_lora(path: str | Path) -> InstanceLora:
     """
     path = Path(path)
     with open_safetensors(path, LoraError) as handle:
-        written = (handle.metadata() or {}).get(METADATA_KEY, "{}")
+        metadata = _own_metadata(handle.metadata() or {})
         state = {key: handle.get_tensor(key) for key in handle.keys()}
     try:
-        return from_state_dict(state, json.loads(written))
-    except ValueError as error:
+        return from_state_dict(state, metadata)
+    except LoraError as error:
         raise LoraError(f"{path}: {error}") from None
+
+
+def _own_metadata(header: Mapping[str, str]) -> dict[str, Any]:
+    """What we wrote into a file's header. Another tool's entry under our name is no reason to refuse its weights."""
+    try:
+        written = json.loads(header.get(METADATA_KEY, "{}"))
+    except ValueError:
+        return {}
+    return written if isinstance(written, dict) else {}
 
 
 def _file_metadata(lora: InstanceLora) -> dict[str, str]:

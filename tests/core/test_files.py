@@ -1,6 +1,10 @@
 """Generator and LoRA files: there and back, atomically, and what damaged ones say."""
 
 import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,9 +72,29 @@ def test_a_missing_shard_and_a_doubled_tensor_are_named(tmp_path, generator):
     with pytest.raises(CheckpointError, match="is in both model-00001"):
         load_generator(folder)
     second.write_bytes(kept)
-    (folder / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is not a shard index"):
-        load_generator(folder)
+    for text in ("{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"hidden_in.bias": 3}}'):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="is not a shard index"):
+            load_generator(folder)
+
+
+def test_a_truncated_shard_is_named(tmp_path, generator):
+    shard = sharded(tmp_path / "shards", generator) / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(
+        CheckpointError, match=r"model-00002-of-00002.safetensors is not a readable.*probably truncated"
+    ):
+        load_generator(shard.parent)
+
+
+def test_configuration_files_that_editors_and_downloads_leave(tmp_path, generator):
+    config = save_generator(generator, tmp_path / "folder") / "config.json"
+    text = config.read_text()
+    config.write_text(text, encoding="utf-8-sig")
+    assert load_generator(config.parent).config == generator.config
+    config.write_text(text, encoding="utf-16")
+    with pytest.raises(CheckpointError, match="config.json is not UTF-8 text"):
+        load_generator(config.parent)
 
 
 def test_a_long_list_of_problems_is_cut(tmp_path, generator):
@@ -112,6 +136,53 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, generator, monkeypatch):
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, generator, monkeypatch):
+    """Weights without their configuration, or beside another one's, would be offered to load."""
+    path = save_generator(generator, tmp_path / "folder")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with torch.no_grad():
+        generator.hidden_in.bias += 1
+    real = os.replace
+
+    def fails_at(name):
+        def replace(source, target):
+            if Path(target).name == name:
+                raise OSError(28, "No space left on device")
+            real(source, target)
+
+        return replace
+
+    monkeypatch.setattr("hywu_core.files.os.replace", fails_at("model.safetensors"))
+    with pytest.raises(SaveError):
+        save_generator(generator, path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+@pytest.fixture(params=[0o555, 0o000], ids=["read-only", "not even readable"])
+def locked(request):
+    """A folder that its user may not write to. Root may write to any, so the test is somebody else meanwhile."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(request.param)
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    folder.chmod(0o755)
+    left = list(folder.iterdir())
+    shutil.rmtree(folder)
+    assert not left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of folders are other ones there")
+def test_a_folder_without_permission_to_write(locked, generator):
+    with pytest.raises(SaveError, match="Permission denied.*Choose a folder that can be written to"):
+        save_generator(generator, locked / "generator.safetensors")
+    with pytest.raises(SaveError, match="Permission denied.*Choose a folder that can be written to"):
+        save_lora(small_lora(), locked / "loras" / "lora.safetensors")
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, generator):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(SaveError, match="Choose a folder that can be written to"):
@@ -147,6 +218,24 @@ def test_lora_files_come_back_with_their_metadata(tmp_path):
     assert all(
         torch.equal(a.up, b.up) and torch.equal(a.down, b.down) for a, b in zip(back.pairs, lora.pairs, strict=True)
     )
+
+
+def test_metadata_of_another_tool_under_our_name_is_left_alone(tmp_path):
+    for text in ("[1]", "{no json", '"text"'):
+        save_file(to_state_dict(small_lora()), tmp_path / "lora.safetensors", {"hywu": text})
+        assert load_lora(tmp_path / "lora.safetensors").names == small_lora().names
+
+
+def test_damaged_lora_files_are_named(tmp_path):
+    path = save_lora(small_lora(), tmp_path / "lora.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LoraError, match="lora.safetensors is not a readable safetensors file.*probably truncated"):
+        load_lora(path)
+    save_file({"q.lora_A.weight": torch.zeros(4, 6), "q.lora_B.weight": torch.zeros(8, 5)}, path)
+    with pytest.raises(LoraError, match=r"lora.safetensors: q: the factors \(1, 4, 6\) and \(1, 8, 5\) do not fit"):
+        load_lora(path)
+    with pytest.raises(LoraError, match="nothing.safetensors does not exist"):
+        load_lora(tmp_path / "nothing.safetensors")
 
 
 def test_peft_folds_the_scale():
