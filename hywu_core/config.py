@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -41,6 +42,7 @@ class GeneratorConfig:
         self._check_numbers()
         self._check_widths()
         self._check_mapping()
+        self._check_condition()
 
     @property
     def scale(self) -> float:
@@ -90,10 +92,9 @@ class GeneratorConfig:
     def _check_numbers(self) -> None:
         names = [f.name for f in fields(self) if f.type == "int"]
         for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, found {value!r}.")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not self.alpha > 0:
+            _check_positive(name, getattr(self, name))
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not number or not 0 < self.alpha < math.inf:
             raise ConfigError(f"alpha must be a positive number, found {self.alpha!r}.")
         if not isinstance(self.prefix, str):
             raise ConfigError(f"prefix must be text, found {self.prefix!r}.")
@@ -133,16 +134,33 @@ class GeneratorConfig:
 
     def _check_group(self, name: str, entry: dict[str, Any]) -> None:
         experts, parts = entry.get("num_experts"), entry.get("sub_weights")
-        if not isinstance(experts, int) or experts < 1:
-            raise ConfigError(f"pg_mapping[{name!r}].num_experts must be a positive integer, found {experts!r}.")
+        _check_positive(f"pg_mapping[{name!r}].num_experts", experts)
         if not isinstance(parts, dict) or not parts:
             raise ConfigError(f"pg_mapping[{name!r}].sub_weights must name at least one weight.")
         for part, dims in parts.items():
             _check_dims(f"pg_mapping[{name!r}].sub_weights[{part!r}]", dims if isinstance(dims, dict) else {})
 
+    def _check_condition(self) -> None:
+        if "condition" not in self.hywu:  # a released generator
+            return
+        parts = self.hywu["condition"]
+        if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, dict) for part in parts):
+            raise ConfigError(f"hywu.condition must be a list of parts, each with kind and width, found {parts!r}.")
+        kinds = [part.get("kind") for part in parts]
+        if not all(isinstance(kind, str) for kind in kinds) or len(set(kinds)) < len(kinds):
+            raise ConfigError(f"hywu.condition must name each of its parts by a kind of its own, found {kinds!r}.")
+        for part in parts:
+            _check_positive(f"hywu.condition, the width of {part['kind']!r}", part.get("width"))
+        if sum(part["width"] for part in parts) != self.input_dim:
+            widths = " + ".join(str(part["width"]) for part in parts)
+            raise ConfigError(f"input_dim {self.input_dim} must be the sum of the condition's widths {widths}.")
+
 
 def _check_dims(where: str, entry: dict[str, Any]) -> None:
     for key in ("lora_A_dim", "lora_B_dim"):
-        value = entry.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{where}.{key} must be a positive integer, found {value!r}.")
+        _check_positive(f"{where}.{key}", entry.get(key))
+
+
+def _check_positive(where: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{where} must be a positive integer, found {value!r}.")

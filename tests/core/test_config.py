@@ -25,6 +25,7 @@ def values(fixtures_dir):
         ({"num_pg_layers": True}, "num_pg_layers must be a positive integer, found True"),
         ({"alpha": 0}, "alpha must be a positive number, found 0"),
         ({"alpha": "16"}, "alpha must be a positive number, found '16'"),
+        ({"alpha": float("inf")}, "alpha must be a positive number, found inf"),
         ({"prefix": None}, "prefix must be text, found None"),
         ({"hywu": []}, r"hywu must be an object, found \[\]"),
         ({"pg_mapping": {}}, "pg_mapping must name at least one target"),
@@ -42,6 +43,19 @@ def values(fixtures_dir):
         (
             {"pg_mapping": {"q": {"type": "grouped", "num_experts": 2, "sub_weights": {"w": {"lora_A_dim": -1}}}}},
             r"sub_weights\['w'\].lora_A_dim must be a positive integer, found -1",
+        ),
+        (
+            {"pg_mapping": {"q": {"type": "grouped", "num_experts": True, "sub_weights": {"w": {}}}}},
+            "num_experts must be a positive integer, found True",
+        ),
+        ({"hywu": {"condition": []}}, r"hywu.condition must be a list of parts, each with kind and width, found \[\]"),
+        ({"hywu": {"condition": ["text"]}}, "hywu.condition must be a list of parts"),
+        ({"hywu": {"condition": [{"width": 64}]}}, r"a kind of its own, found \[None\]"),
+        ({"hywu": {"condition": [{"kind": "a", "width": 32}] * 2}}, r"a kind of its own, found \['a', 'a'\]"),
+        ({"hywu": {"condition": [{"kind": "a"}]}}, "the width of 'a' must be a positive integer, found None"),
+        (
+            {"hywu": {"condition": [{"kind": "a", "width": 60}, {"kind": "b", "width": 3}]}},
+            r"input_dim 64 must be the sum of the condition's widths 60 \+ 3",
         ),
     ],
 )
