@@ -3,7 +3,8 @@
 A generator names its parts in `config.hywu["condition"]`: [{"kind": "conditioning", "width": 64}, ...]. The released
 generator names none; it reads one part, the base's last hidden states, of width `input_dim`. Parts of a condition follow
 each other along the length; each has its own range of the width, zero elsewhere, so that `hidden_in` holds one projection
-for each part.
+for each part. What of them was computed by others is frozen; `hidden_in`, and the encoder layers that a configuration may ask
+for, are trained with the generator.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from .errors import ConditionError
 CONDITIONING = "conditioning"  # what the host's text encoder gives
 CLIP_VISION = "clip_vision"  # patch features of a CLIP-Vision or SigLIP model
 HIDDEN_STATES = "hidden_states"  # the base's own last hidden states (the released way)
-POCKET_VISION = "pocket_vision"  # patches of the source picture itself, for small encoders trained with the generator
+REFERENCE_LATENT = "reference_latent"  # patches of the source picture's latent, for encoders trained with the generator
 
 
 class ConditionPart(NamedTuple):
     """One sequence of features."""
 
     kind: str
-    tokens: Tensor  # (B, length, width)
+    tokens: Tensor  # (B, length, width); of a reference latent (B, C, ..., H, W), cut into patches as a generator asks
 
 
 class Condition(NamedTuple):
@@ -40,6 +41,11 @@ class Condition(NamedTuple):
     def batch(self) -> int:
         """How many instances this describes."""
         return max((part.tokens.shape[0] for part in self.parts), default=0)
+
+
+def part_entry(kind: str, width: int, patch: int | None = None) -> dict:
+    """How a generator's configuration names a part. `patch` is the side of a reference latent's patches."""
+    return {"kind": kind, "width": width} | ({"patch": patch} if patch else {})
 
 
 def expected_parts(config: GeneratorConfig) -> tuple[tuple[str, int], ...]:
@@ -61,7 +67,8 @@ def assemble(condition: Condition, config: GeneratorConfig) -> Tensor:
     Raises:
         ConditionError: naming both what is there and what is expected.
     """
-    given, batch = _check(condition, config), condition.batch
+    given = _check(condition, config)
+    batch = max(tokens.shape[0] for tokens in given.values())
     first = next(iter(given.values()))
     laid, start = [], 0
     for tokens in given.values():
@@ -72,11 +79,20 @@ def assemble(condition: Condition, config: GeneratorConfig) -> Tensor:
     return torch.cat(laid, dim=1)
 
 
+def patches(latent: Tensor, side: int) -> Tensor:
+    """A latent (B, C, H, W) or (B, C, T, H, W) -> its patches (B, length, C * side * side), row by row; padded at the end."""
+    latent = latent.unsqueeze(2) if latent.ndim == 4 else latent
+    rows, columns = latent.shape[-2:]
+    latent = F.pad(latent, (0, -columns % side, 0, -rows % side, 0, 0))
+    cut = latent.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))  # (B, C, T, h, side, w, side)
+    return cut.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+
+
 def _check(condition: Condition, config: GeneratorConfig) -> dict[str, Tensor]:
     """{kind: tokens} in the order of the generator."""
-    expected, given = expected_parts(config), {part.kind: part.tokens for part in condition.parts}
-    if "condition" not in config.hywu and len(condition.parts) == 1:  # a released generator: the width must tell
-        given = {expected[0][0]: condition.parts[0].tokens}
+    expected, given = expected_parts(config), _as_tokens(condition, config)
+    if "condition" not in config.hywu and len(given) == 1:  # a released generator: the width must tell
+        given = dict(zip((expected[0][0],), given.values(), strict=True))
     fits = {kind: tokens.shape[-1] for kind, tokens in given.items()} == dict(expected)
     fits = fits and all(tokens.ndim == 3 and tokens.shape[1] for tokens in given.values())
     if not fits:
@@ -90,3 +106,11 @@ def _check(condition: Condition, config: GeneratorConfig) -> dict[str, Tensor]:
     if len(set(batches.values()) - {1}) > 1:
         raise ConditionError(f"The parts of the condition have different batch sizes: {batches}.")
     return {kind: given[kind] for kind, _ in expected}
+
+
+def _as_tokens(condition: Condition, config: GeneratorConfig) -> dict[str, Tensor]:
+    """{kind: tokens}. A reference latent rides along with every CONDITIONING; who does not read it does not get it."""
+    given = {part.kind: part.tokens for part in condition.parts}
+    side = next((p.get("patch") for p in config.hywu.get("condition", ()) if p["kind"] == REFERENCE_LATENT), None)
+    latent = given.pop(REFERENCE_LATENT, None)
+    return given if side is None or latent is None else given | {REFERENCE_LATENT: patches(latent, side)}

@@ -54,6 +54,11 @@ class GeneratorConfig:
         """Attention heads of the generator."""
         return self.d_model // self.head_dim
 
+    @property
+    def encoder_layers(self) -> int:
+        """Self-attention layers over the condition, trained with the generator. The released one has none."""
+        return self.hywu.get("encoder_layers", 0)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> GeneratorConfig:
         """Build from the keys of a `config.json`; `where` names the source in errors."""
@@ -100,6 +105,8 @@ class GeneratorConfig:
             raise ConfigError(f"prefix must be text, found {self.prefix!r}.")
         if not isinstance(self.hywu, dict):
             raise ConfigError(f"hywu must be an object, found {self.hywu!r}.")
+        if not isinstance(self.encoder_layers, int) or self.encoder_layers < 0:
+            raise ConfigError(f"hywu.encoder_layers must be a number of layers, found {self.encoder_layers!r}.")
 
     def _check_widths(self) -> None:
         if self.rank % self.dim_accumulation:

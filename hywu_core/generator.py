@@ -53,7 +53,8 @@ def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn neighbouring pairs of each head of x (..., h, rows, head_dim) by the table's angles (rows, head_dim / 2)."""
     cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -140,6 +141,23 @@ class Block(nn.Module):
         keys_values = self.self_attn_cross.keys_values(context, tables.condition(context.shape[1]))
         x = x + self.over_condition(x.flatten(1, 2), keys_values, tables.grid()).view_as(x)
         return x + self.feed(x)
+
+
+class EncoderLayer(nn.Module):
+    """A pre-normed transformer layer over the condition, for generators that are trained with an encoder of their own."""
+
+    def __init__(self, config: GeneratorConfig, operations: Any, **factory):
+        super().__init__()
+        self.norm1 = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
+        self.norm2 = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
+        self.self_attn = Attention(config.d_model, config.heads, operations, **factory)
+        self.feed_forward = FeedForward(config.d_model, operations, **factory)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, L, d) -> x."""
+        normed = self.norm1(x)
+        x = x + self.self_attn(normed, self.self_attn.keys_values(normed, table), table)
+        return x + self.feed_forward(self.norm2(x))
 
 
 class Tables:
@@ -231,6 +249,7 @@ class Generator(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.config = config
         self.hidden_in = operations.Linear(config.input_dim, config.d_model, **factory)
+        self.encoder = nn.ModuleList(EncoderLayer(config, operations, **factory) for _ in range(config.encoder_layers))
         self.model = TokenTransformer(config, operations, **factory)
         self.checkpoint_blocks = False  # recompute blocks in the backward pass instead of keeping their activations
 
@@ -269,7 +288,12 @@ class Generator(nn.Module):
                 f"The condition has the shape {tuple(condition.shape)}, but this generator reads "
                 f"(batch, length, {self.config.input_dim}). Use the condition that it was trained with."
             )
-        return self.model.norm_input(self.hidden_in(condition))
+        x = self.hidden_in(condition)
+        if self.encoder:
+            table = Tables(self.config, x.device).condition(x.shape[1])
+            for layer in self.encoder:
+                x = layer(x, table)
+        return self.model.norm_input(x)
 
     def tokens(self, condition: Tensor) -> Tensor:
         """The token grid (B, N, T, r, token_dim) of a condition, graph kept."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..errors import MatchError
 from ..lora import InstanceLora
-from .bank import Bank
+from .bank import Adapter, Bank
 from .matching import Match, Matches, match
 
 KEY = "hywu"
@@ -68,6 +68,11 @@ def apply_lora(
     Raises:
         MatchError: if the LoRA and the model do not fit, or the mode cannot do what is asked.
     """
+    if start > end:
+        raise MatchError(
+            f"The LoRA would start at {start:g} of the sampling and end at {end:g}, so it would never act. "
+            "Make the start smaller than the end."
+        )
     matches = match(lora, model.model)
     clone = model.clone()
     if strength == 0:
@@ -109,10 +114,19 @@ class BypassWrapper:
 @contextmanager
 def beside(diffusion_model: torch.nn.Module, loras: tuple[Applied, ...]) -> Iterator[None]:
     """For the time of the block, the forward of every layer that a LoRA changes adds the LoRA's part."""
-    adapters: dict[str, list] = {}
+    adapters: dict[str, list[tuple[Adapter, float]]] = {}
     for lora in loras:
         for adapter in lora.bank.adapters:
             adapters.setdefault(adapter.path, []).append((adapter, lora.strength))
+    with wrapped_forwards(diffusion_model, adapters):
+        yield
+
+
+@contextmanager
+def wrapped_forwards(
+    diffusion_model: torch.nn.Module, adapters: dict[str, list[tuple[Adapter, float]]]
+) -> Iterator[None]:
+    """For the time of the block, the modules at these paths add their adapters, each at its strength."""
     wrapped = []
     try:
         for path, parts in adapters.items():
@@ -127,7 +141,7 @@ def beside(diffusion_model: torch.nn.Module, loras: tuple[Applied, ...]) -> Iter
                 module.forward = previous
 
 
-def _with_adapters(forward, parts: list):
+def _with_adapters(forward: Callable, parts: list[tuple[Adapter, float]]) -> Callable:
     def forward_with_adapters(x, *args, **kwargs):
         y = forward(x, *args, **kwargs)
         for adapter, strength in parts:

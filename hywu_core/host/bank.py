@@ -6,7 +6,7 @@ the host stacks the positive and the negative rows of one latent batch behind ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,9 +40,9 @@ class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 class Adapter(torch.nn.Module):
     """The factor pair of one target."""
 
-    def __init__(self, match: Match, scale: float):
+    def __init__(self, match: Match, scale: float, factor: Callable[[Tensor], Any] = Factor):
         super().__init__()
-        self.down, self.up = Factor(match.pair.down), Factor(match.pair.up)
+        self.down, self.up = factor(match.pair.down), factor(match.pair.up)
         self.path, self.scale = match.module, scale
         self.start, self.length = match.start, match.length
         self.grouped = match.pair.grouped

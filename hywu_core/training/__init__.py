@@ -5,12 +5,15 @@ Figs 2c and 3).
     Trainable    what is trained: a generator, one shared LoRA, or the base itself
     Objective    how well a LoRA does on samples; runs the base and its backward pass (hywu_core.host.training)
     Trainer      the loop: two-stage backward, schedule, EMA, exact resume
+    RunLog       its CSV file, and TensorBoard
+    geometry     how generated dW lie to each other; statistics: paired intervals
 
 This package knows torch only.
 """
 
 from .config import TrainConfig
 from .data import Sample, SampleSource
+from .log import RunLog
 from .trainable import FullFineTuning, GeneratorTrainable, SharedLora, Trainable
 from .trainer import Objective, StepReport, Trainer, TrainingError
 
@@ -18,6 +21,7 @@ __all__ = [
     "FullFineTuning",
     "GeneratorTrainable",
     "Objective",
+    "RunLog",
     "Sample",
     "SampleSource",
     "SharedLora",

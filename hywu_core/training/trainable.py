@@ -13,6 +13,7 @@ from ..generator import Generator
 from ..layout import full_name, targets
 from ..lora import InstanceLora, LoraFactor
 from .data import Sample
+from .geometry import cosines, gram
 
 
 class Trainable(Protocol):
@@ -26,10 +27,15 @@ class Trainable(Protocol):
 
 
 class GeneratorTrainable:
-    """A generator writes an instance for each sample from its condition."""
+    """A generator writes an instance for each sample from its condition.
 
-    def __init__(self, generator: Generator):
-        self.generator = generator
+    Args:
+        generator: its parameters are what is trained, in the type that they have.
+        dtype: to compute in; float32 parameters with bfloat16 computing is the usual mixed precision.
+    """
+
+    def __init__(self, generator: Generator, dtype: torch.dtype = torch.float32):
+        self.generator, self.dtype = generator, dtype
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The generator's parameters under their released names."""
@@ -39,9 +45,10 @@ class GeneratorTrainable:
         """One instance for each sample."""
         parameter = next(self.generator.parameters())
         conditions = [sample.condition.to(parameter) for sample in samples]
-        if len({condition.shape for condition in conditions}) == 1:
-            return self.generator(torch.stack(conditions))
-        return concatenate([self.generator(condition.unsqueeze(0)) for condition in conditions])
+        with torch.amp.autocast(parameter.device.type, self.dtype, enabled=self.dtype != parameter.dtype):
+            if len({condition.shape for condition in conditions}) == 1:
+                return self.generator(torch.stack(conditions))
+            return concatenate([self.generator(condition.unsqueeze(0)) for condition in conditions])
 
 
 class SharedLora(nn.Module):
@@ -107,15 +114,8 @@ def diversity_loss(lora: InstanceLora) -> Tensor:
     """Mean squared cosine between the dW of different samples of a batch, against collapse to one LoRA for all
     (the idea of TFlow, arXiv 2605.13839). 0 for a single instance or where all dW are still zero.
     """
-    batch = lora.batch
-    if batch < 2:
+    if lora.batch < 2:
         return lora.pairs[0].down.new_zeros(())
-    gram = lora.pairs[0].down.new_zeros(batch, batch)
-    for down, up in lora.pairs:  # <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)), over experts too
-        ups = torch.einsum("i...or,j...os->ij...rs", up, up)
-        downs = torch.einsum("i...rn,j...sn->ij...rs", down, down)
-        gram = gram + (ups * downs).flatten(2).sum(-1)
-    norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-    cosines = gram / (norms.unsqueeze(0) * norms.unsqueeze(1))
-    others = ~torch.eye(batch, dtype=torch.bool, device=gram.device)
-    return cosines[others].square().mean()
+    similar = cosines(gram(lora))
+    others = ~torch.eye(lora.batch, dtype=torch.bool, device=similar.device)
+    return similar[others].square().mean()

@@ -170,9 +170,12 @@ class Trainer:
         if leaf is not None:
             if self.config.diversity:
                 (self.config.diversity * diversity_loss(leaf)).backward()
-            written = [factor for pair in lora.pairs for factor in pair]
-            collected = [factor.grad for pair in leaf.pairs for factor in pair]
-            torch.autograd.backward(written, collected)
+            both = zip(lora.pairs, leaf.pairs, strict=True)
+            pairs = [(written, met.grad) for ours, theirs in both for written, met in zip(ours, theirs, strict=True)]
+            reached = [
+                (written, gradient) for written, gradient in pairs if gradient is not None
+            ]  # a base may not use all
+            torch.autograd.backward(*zip(*reached, strict=True))
         return torch.cat(losses)
 
     def _check(self, losses: Tensor, draws: Sequence[Draw]) -> None:

@@ -101,7 +101,8 @@ def test_nodes_hold_no_tensor_arithmetic(path):
 def test_nothing_is_placed_on_a_gpu_behind_the_hosts_back(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute):
-            assert node.attr not in ("cuda", "autocast"), f"line {node.lineno}"
+            assert node.attr != "cuda", f"line {node.lineno}"
+            assert node.attr != "autocast" or path.parent.name == "training", f"line {node.lineno}"  # mixed precision
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not node.value.startswith("cuda"), f"line {node.lineno}"
 

@@ -1,0 +1,83 @@
+"""What is compared on the pocket editor, all trained by the same loop on the same data: one generator, one LoRA shared by all
+edits at the same rank and at four times the rank, and the whole base.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...condition import CONDITIONING, REFERENCE_LATENT, part_entry
+from ...config import GeneratorConfig
+from ...generator import Generator
+from ...host.training import DiffusionObjective
+from ...training import FullFineTuning, GeneratorTrainable, SharedLora, Trainable, TrainConfig
+from .editor import EditorConfig
+from .task import Regime
+
+METHODS = ("shared", "shared_x4", "full", "generator")
+RANK, ALPHA_PER_RANK = 4, 2
+PICTURE_TARGETS = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
+
+
+class Run(NamedTuple):
+    """One training run of the comparison."""
+
+    regime: Regime
+    suite: str
+    method: str
+    rate: float
+    seed: int = 0
+    steps: int = 400
+    batch: int = 16
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return f"{self.regime}-{self.suite}-{self.method}-{self.rate:g}-{self.steps}-s{self.seed}"
+
+    def config(self) -> TrainConfig:
+        """The same for every method but for the learning rate."""
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, warmup=self.steps // 10, seed=self.seed
+        )
+
+
+def generator_config(rank: int = RANK, width: int = 128, blocks: int = 2, **provenance: Any) -> GeneratorConfig:
+    """A generator for the pocket editor, on the picture's attention and feed-forward of all blocks. It reads the encoded
+    instruction and the source picture's latent, through one encoder layer that is trained with it.
+    """
+    base, patch = EditorConfig(), EditorConfig().patch_size
+    parts = [part_entry(CONDITIONING, base.context_dim), part_entry(REFERENCE_LATENT, 3 * patch * patch, patch)]
+    return GeneratorConfig(
+        d_model=width,
+        head_dim=32,
+        num_pg_layers=blocks,
+        input_dim=sum(part["width"] for part in parts),
+        output_dim=64,
+        num_base_model_layers=base.depth,
+        rank=rank,
+        alpha=ALPHA_PER_RANK * rank,
+        token_dim=64,
+        dim_accumulation=2,
+        pg_mapping={
+            name: {"lora_A_dim": base.width * rows, "lora_B_dim": base.width * out}
+            for name, (rows, out) in PICTURE_TARGETS.items()
+        },
+        prefix="double_blocks.",
+        hywu={"base": "pocket editor", "condition": parts, "encoder_layers": 1, **provenance},
+    )
+
+
+def build(run: Run, model: Any) -> tuple[Trainable, DiffusionObjective]:
+    """What a run trains, freshly initialised, and the objective on the base `model`."""
+    if run.method == "full":
+        objective = DiffusionObjective(model, train_base=True)
+        return FullFineTuning(dict(objective.base.diffusion_model.named_parameters())), objective
+    config = generator_config()
+    if run.method == "generator":
+        generator = Generator(config, dtype=torch.float32).initialize(run.seed)
+        return GeneratorTrainable(generator), DiffusionObjective(model)
+    rank = RANK * (4 if run.method == "shared_x4" else 1)
+    return SharedLora(config, rank, ALPHA_PER_RANK * rank, run.seed), DiffusionObjective(model)

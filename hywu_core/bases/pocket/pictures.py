@@ -1,0 +1,116 @@
+"""The pictures that the pocket editor is trained and measured on: tiles that ship, composed anew from a seed.
+
+A picture is an emoji on a gradient of two colours, or a crop of a photograph. Splits share no kind of emoji and no
+photograph.
+`tiles/pictures.json` names every tile, its source and its licence.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ...errors import HywuError
+
+FOLDER = Path(__file__).resolve().parent / "tiles"
+TILE, COLUMNS = 64, 16  # pixels of a tile, tiles in a row of a sheet
+SPLITS = ("train", "validation", "test")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class PictureError(HywuError):
+    """Pictures are missing or cannot be read."""
+
+
+def split_names(split: str) -> list[str]:
+    """The names of a split's tiles, "<kind>/<name>"."""
+    return json.loads((FOLDER / "pictures.json").read_text(encoding="utf-8"))["splits"][split]
+
+
+def compose(split: str, size: int, variants: int = 1, seed: int = 0) -> tuple[Tensor, list[str]]:
+    """Every tile of a split, `variants` times, each on a background and in a place of its own.
+
+    Args:
+        size: side in pixels.
+        seed: of backgrounds and places; the same seed gives the same pictures.
+    Returns:
+        (count, 3, size, size) in [0, 1], and a name for each. All tiles come once before any comes twice.
+    """
+    names = split_names(split)
+    sheet = Image.open(FOLDER / f"{split}.webp").convert("RGBA")
+    pictures, keys = [], []
+    for variant in range(variants):
+        for place, name in enumerate(names):
+            corner = TILE * (place % COLUMNS), TILE * (place // COLUMNS)
+            tile = sheet.crop((*corner, corner[0] + TILE, corner[1] + TILE))
+            pictures.append(_tensor(_composed(tile, size, random.Random(f"{seed} {variant} {name}"))))
+            keys.append(f"{name}-{variant}")
+    return torch.stack(pictures), keys
+
+
+def read_folder(folder: Path, size: int) -> tuple[Tensor, list[str]]:
+    """Every picture of a folder, cut to a square around its centre.
+
+    Returns:
+        (count, 3, size, size) in [0, 1], and the file names.
+    Raises:
+        PictureError: if the folder holds none, or one cannot be read.
+    """
+    files = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES) if Path(folder).is_dir() else []
+    if not files:
+        raise PictureError(f"{folder} holds no pictures. Expected files ending in {', '.join(sorted(SUFFIXES))}.")
+    return torch.stack([_tensor(_square(read_picture(file), size)) for file in files]), [file.name for file in files]
+
+
+def read_picture(file: Path) -> Image.Image:
+    """One picture as RGB.
+
+    Raises:
+        PictureError: if it cannot be read.
+    """
+    try:
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    except OSError as error:
+        raise PictureError(f"{file} cannot be read as a picture ({error}). Remove it or save it again.") from error
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> a picture."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _composed(tile: Image.Image, size: int, chance: random.Random) -> Image.Image:
+    if chance.random() < 0.5:
+        tile = ImageOps.mirror(tile)
+    if tile.getchannel("A").getextrema()[0] == 255:  # a photograph fills the picture
+        return tile.convert("RGB").resize((size, size), Image.LANCZOS)
+    picture = _gradient(size, chance)
+    side = round(size * chance.uniform(0.7, 0.95))
+    corner = chance.randint(0, size - side), chance.randint(0, size - side)
+    tile = tile.resize((side, side), Image.LANCZOS)
+    picture.paste(tile, corner, tile)
+    return picture
+
+
+def _gradient(size: int, chance: random.Random) -> Image.Image:
+    level = chance.uniform(0.15, 0.85)  # dark and bright pictures, for edits that depend on it
+    first, second = ([level + chance.uniform(-0.35, 0.35) for _ in range(3)] for _ in range(2))
+    across, down = chance.uniform(-1, 1), chance.uniform(-1, 1)
+    axis = numpy.linspace(-0.5, 0.5, size)
+    share = across * axis[None, :] + down * axis[:, None] + 0.5
+    mixed = numpy.array(first) * (1 - share[..., None]) + numpy.array(second) * share[..., None]
+    return Image.fromarray((mixed.clip(0, 1) * 255).round().astype(numpy.uint8))
+
+
+def _square(picture: Image.Image, size: int) -> Image.Image:
+    return ImageOps.fit(picture, (size, size), Image.LANCZOS)
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1).float() / 255

@@ -1,0 +1,30 @@
+"""Make `import comfy` work in a script, as the host's own main.py does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def enter_host(host: Path | None = None, cpu: bool = True) -> None:
+    """Put the host on the path and have it parse arguments, before anything asks it for a device.
+
+    Args:
+        host: ComfyUI's folder; COMFYUI_DIR or the one that scripts/setup.sh made by default.
+        cpu: keep to the CPU, whatever the machine has.
+    """
+    host = Path(host or os.environ.get("COMFYUI_DIR") or ROOT / ".host" / "ComfyUI")
+    if not (host / "comfy" / "sd.py").is_file():
+        sys.exit(f"No ComfyUI at {host}. Run scripts/setup.sh, or set COMFYUI_DIR to its folder.")
+    sys.path.insert(0, str(host))
+    argv, sys.argv = sys.argv, [sys.argv[0], *(["--cpu"] if cpu else [])]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.cli_args
+    finally:
+        sys.argv = argv

@@ -1,0 +1,306 @@
+"""The trainer without a base: a quadratic objective stands in for the diffusion loss, everything else is real."""
+
+import math
+
+import pytest
+import torch
+
+from hywu_core import Generator, GeneratorConfig, InstanceLora
+from hywu_core.errors import ConfigError
+from hywu_core.lora import cosine
+from hywu_core.training import (
+    GeneratorTrainable,
+    RunLog,
+    Sample,
+    SharedLora,
+    StepReport,
+    TrainConfig,
+    Trainer,
+    TrainingError,
+)
+from hywu_core.training.data import batch_of
+from hywu_core.training.geometry import centred, cosines, gram, plane, separation
+from hywu_core.training.state import StateError
+from hywu_core.training.statistics import bootstrap, psnr
+from hywu_core.training.trainable import diversity_loss
+
+
+def tiny_config(**changes):
+    values = {
+        "d_model": 16, "head_dim": 8, "num_pg_layers": 1, "input_dim": 8, "output_dim": 8, "token_dim": 8, "rank": 2,
+        "num_base_model_layers": 2, "alpha": 4, "dim_accumulation": 2, "hywu": {"encoder_layers": 1},
+        "pg_mapping": {"b": {"lora_A_dim": 6, "lora_B_dim": 10}, "a": {"lora_A_dim": 12, "lora_B_dim": 4}},
+    }  # fmt: skip
+    return GeneratorConfig.from_dict(values | changes)
+
+
+class Pairs:
+    """Conditions with a wanted dW for each: what the objective below asks for."""
+
+    def __init__(self, count=6, length=5, width=8):
+        source = torch.Generator().manual_seed(0)
+        self.conditions = torch.randn(count, length, width, generator=source)
+
+    def __len__(self):
+        return len(self.conditions)
+
+    def sample(self, index, source):
+        return Sample(torch.randn(3, generator=source), index, self.conditions[index], f"pair {index}")
+
+
+class Quadratic:
+    """Every dW should be the sample's own multiple of ones. Like a base, it sees the factors only through their products."""
+
+    def __init__(self, spoil_at=None):
+        self.calls, self.spoil_at = 0, spoil_at
+
+    def losses(self, lora, draws):
+        rows = []
+        for index, draw in enumerate(draws):
+            wanted = (draw.sample.conditioning % 3 - 1) + 0.1 * draw.sample.latent.mean()
+            instance = lora.select(index if lora.batch > 1 else 0)
+            rows.append(sum((lora.scale * (p.up @ p.down) - wanted).square().mean() for p in instance.pairs))
+        return torch.stack(rows)
+
+    def backward(self, lora, draws, share):
+        losses = self.losses(lora, draws)
+        self.calls += 1
+        if self.calls == self.spoil_at:
+            losses = losses * torch.tensor([1.0] * (len(draws) - 1) + [math.nan])
+        (losses.sum() * share).backward()
+        return losses.detach()
+
+
+def trainer(seed=0, objective=None, **changes):
+    config = TrainConfig(**{"steps": 12, "batch": 4, "learning_rate": 3e-3, "warmup": 2, "ema": 0.5} | changes)
+    generator = Generator(tiny_config()).initialize(seed)
+    return Trainer(GeneratorTrainable(generator), objective or Quadratic(), Pairs(), config)
+
+
+def parameters(run):
+    return {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_the_first_lora_changes_nothing():
+    lora = GeneratorTrainable(Generator(tiny_config()).initialize()).lora([Pairs().sample(0, torch.Generator())])
+    assert all(not pair.up.any() and pair.down.any() for pair in lora.pairs)
+
+
+def test_loss_falls():
+    run, losses = trainer(steps=60, learning_rate=1e-2), []
+    run.run(lambda report: losses.append(report.loss))
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_two_stage_backward_is_the_single_graph():
+    run = trainer(micro_batch=2)
+    draws = run._draws()
+    run._backward(draws)
+    two_stage = {name: parameter.grad.clone() for name, parameter in run.parameters.items()}
+    run.optimizer.zero_grad()
+    (run.objective.losses(run.trainable.lora([draw.sample for draw in run._draws()]), run._draws()).mean()).backward()
+    for name, parameter in run.parameters.items():
+        torch.testing.assert_close(two_stage[name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_micro_batches_change_nothing():
+    whole, parts = trainer(), trainer(micro_batch=1)
+    whole.run()
+    parts.run()
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(parameter, parts.parameters[name], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_the_whole_chain_agree_with_finite_differences():
+    generator = Generator(tiny_config(), dtype=torch.float64).initialize()
+    source = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        head = generator.model.proj_out_B.weight
+        head.copy_(torch.randn(head.shape, generator=source, dtype=torch.float64) * 0.1)
+    run = Trainer(GeneratorTrainable(generator, torch.float64), Quadratic(), Pairs(), TrainConfig(batch=2))
+    run._backward(run._draws())
+
+    def loss():
+        draws = run._draws()
+        with torch.no_grad():
+            return float(Quadratic().losses(run.trainable.lora([d.sample for d in draws]), draws).mean())
+
+    for name, parameter in run.parameters.items():
+        direction = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
+        direction /= direction.norm()
+        with torch.no_grad():
+            parameter += 1e-5 * direction
+            up = loss()
+            parameter -= 2e-5 * direction
+            down = loss()
+            parameter += 1e-5 * direction
+        found = (parameter.grad * direction).sum()
+        assert float(found) == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-8), name
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = trainer()
+    whole.run()
+    begun = trainer()
+
+    def stop(report):
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begun.run(stop, tmp_path / "state.safetensors")
+    resumed = trainer(seed=9)  # whatever it was initialised with
+    resumed.resume(tmp_path / "state.safetensors")
+    assert resumed.done == 5
+    resumed.run()
+    assert_equal(parameters(whole), parameters(resumed))
+    assert_equal(whole.averaged, resumed.averaged)
+
+
+def test_a_state_of_other_settings_or_another_model_is_refused(tmp_path):
+    run = trainer()
+    run.step()
+    run.save(tmp_path / "state.safetensors")
+    with pytest.raises(StateError, match="learning_rate"):
+        trainer(learning_rate=1.0).resume(tmp_path / "state.safetensors")
+    other = Trainer(SharedLora(tiny_config(), 2, 2.0), Quadratic(), Pairs(), run.config)
+    with pytest.raises(StateError, match="another model"):
+        other.resume(tmp_path / "state.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(StateError, match="truncated"):
+        trainer().resume(tmp_path / "broken.safetensors")
+
+
+def test_a_loss_that_is_not_finite_names_step_and_sample_and_keeps_the_last_good_state(tmp_path):
+    run = trainer(objective=Quadratic(spoil_at=4))
+    reached = []
+    with pytest.raises(TrainingError, match=r"step 3, sample 'pair \d'"):
+        run.run(lambda report: reached.append(parameters(run)), tmp_path / "state.safetensors")
+    assert len(reached) == run.done == 3
+    assert_equal(reached[-1], parameters(run))
+    again = trainer()
+    again.resume(tmp_path / "state.safetensors")
+    assert_equal(reached[-1], parameters(again))
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    run = trainer()
+    run.step()
+    run.save(path)
+    before = path.read_bytes()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hywu_core.files.save_file", full)
+    run.step()
+    with pytest.raises(ValueError, match="No space left"):
+        run.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_epoch_has_every_pair_once_in_an_order_of_its_own():
+    pairs = Pairs(6)
+    draws = [draw.sample.key for step in range(4) for draw in batch_of(pairs, 0, step, 3, slice(None))]
+    epochs = draws[:6], draws[6:]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [f"pair {i}" for i in range(6)]
+    assert epochs[0] != epochs[1]
+
+
+def test_processes_share_what_one_process_draws():
+    pairs = Pairs(6)
+    whole = batch_of(pairs, 3, 7, 4, slice(0, 4))
+    parts = batch_of(pairs, 3, 7, 4, slice(0, 2)) + batch_of(pairs, 3, 7, 4, slice(2, 4))
+    assert [d.sample.key for d in whole] == [d.sample.key for d in parts]
+    assert all(torch.equal(a.sample.latent, b.sample.latent) for a, b in zip(whole, parts, strict=True))
+
+
+def test_no_pairs_is_an_error():
+    with pytest.raises(ConfigError, match="no training pairs"):
+        batch_of(Pairs(0), 0, 0, 1, slice(None))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": 0}, {"ema": 1.0}, {"clip": -1}, {"micro_batch": -2}])
+def test_settings_that_make_no_sense_are_errors(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        TrainConfig(**wrong)
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine():
+    config = TrainConfig(steps=110, warmup=10, learning_rate=1.0)
+    assert [config.rate(s) for s in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert config.rate(60) == pytest.approx(0.5)
+    assert config.rate(110) == pytest.approx(0.0)
+
+
+def random_batch(batch, seed=0):
+    config = tiny_config()
+    shared = [SharedLora(config, 2, 4.0, seed + i) for i in range(batch)]
+    for index, one in enumerate(shared):
+        source = torch.Generator().manual_seed(100 + seed + index)
+        for up in one.ups:
+            up.data.copy_(torch.randn(up.shape, generator=source))
+    loras = [one.lora() for one in shared]
+    factors = {
+        name: tuple(torch.cat(parts).detach() for parts in zip(*(lora.factors[name] for lora in loras), strict=True))
+        for name in loras[0].names
+    }
+    return InstanceLora(factors, loras[0].scale)
+
+
+def test_cosines_and_their_map_are_those_of_the_products():
+    lora = random_batch(4)
+    dense = torch.stack([torch.cat([(p.up[i] @ p.down[i]).flatten() for p in lora.pairs]) for i in range(4)])
+    torch.testing.assert_close(gram(lora), dense @ dense.T, rtol=1e-4, atol=1e-3)
+    assert float(cosines(gram(lora))[0, 1]) == pytest.approx(float(cosine(lora.select(0), lora.select(1))), abs=1e-5)
+    middle = dense - dense.mean(0)
+    torch.testing.assert_close(centred(gram(lora)), middle @ middle.T, rtol=1e-3, atol=1e-2)
+    _, values, _ = torch.linalg.svd(middle, full_matrices=False)
+    assert plane(gram(lora)).norm(dim=0).tolist() == pytest.approx(values[:2].tolist(), rel=1e-3)
+
+
+def test_diversity_punishes_one_lora_for_all():
+    apart = random_batch(3)
+    same = apart.map(lambda pair: type(pair)(*(t[:1].expand(3, *t.shape[1:]) for t in pair)))
+    assert float(diversity_loss(same)) == pytest.approx(1.0, abs=1e-5)
+    assert float(diversity_loss(apart)) < 0.2
+
+
+def test_separation_sees_groups():
+    similar = torch.tensor([[1.0, 0.9, 0.1, 0.2], [0.9, 1.0, 0.0, 0.1], [0.1, 0.0, 1.0, 0.8], [0.2, 0.1, 0.8, 1.0]])
+    found = separation(similar, [0, 0, 1, 1])
+    assert found.purity == 1 and found.within == pytest.approx(0.85) and found.across == pytest.approx(0.1)
+    assert separation(similar, [0, 1, 0, 1]).purity == 0
+
+
+def test_intervals_shrink_with_items_and_grow_with_seeds_that_disagree():
+    source = torch.Generator().manual_seed(0)
+    values = torch.randn(200, generator=source) + 1
+    one = bootstrap(values)
+    assert one.low < float(values.mean()) < one.high
+    assert one.high - one.low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.25)
+    disagree = bootstrap(torch.stack([values, values + 2, values - 2]))
+    assert disagree.high - disagree.low > 2 * (one.high - one.low)
+    assert one.excludes_zero and not bootstrap(values - 1).excludes_zero
+
+
+def test_psnr():
+    black = torch.zeros(2, 3, 4, 4)
+    assert psnr(black, black + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-5)
+    assert psnr(black, black).tolist() == [100.0, 100.0]
+
+
+def test_a_log_drops_what_is_done_again(tmp_path):
+    log = RunLog(tmp_path)
+    for step in range(5):
+        log.step(StepReport(step, 1.0 / (step + 1), 1e-3, 0.5))
+    assert RunLog(tmp_path, done=3).losses == pytest.approx([1.0, 0.5, 1 / 3], abs=1e-5)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
