@@ -113,6 +113,40 @@ def test_the_reference_numbers(toy, lora, golden, case, mode):
     close(run(toy, x), golden[f"{case}.out_base"])
 
 
+@pytest.mark.parametrize("case", ["x1", "x2"])
+@pytest.mark.parametrize("mode", ["base", "bypass", "merge"])
+def test_every_module_gives_the_reference_numbers(toy, lora, golden, case, mode):
+    """Linear layers, the shared expert and the routed experts one by one, so that no error hides behind another."""
+    patched = toy if mode == "base" else apply_lora(toy, lora, 1.0, mode)[0]
+    prefix, found = f"{case}.{'base' if mode == 'base' else 'lora'}_io.", {}
+    for key in (name for name in golden if name.startswith(prefix) and name.endswith(".out")):
+        module = toy.model.diffusion_model.get_submodule(key.removeprefix(prefix).removesuffix(".out"))
+        module.register_forward_hook(lambda module, inputs, output, key=key: found.update({key: output}))
+    toy.model.run(patched, golden[f"{case}.in"])
+    assert len(found) == 14
+    for key, output in found.items():
+        close(output, golden[key])
+
+
+def test_the_router_chooses_as_the_reference(toy, golden):
+    for index in range(LAYERS):
+        gate = toy.model.diffusion_model.model.layers[index].mlp.gate
+        weights, chosen = gate(golden["x1.in"])
+        assert torch.equal(chosen[0], golden[f"gate{index}.topk_idx"])
+        torch.testing.assert_close(weights[0], golden[f"gate{index}.topk_weight"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_experts_are_the_references_when_every_layer_is_offloaded(toy, lora, golden, mode, monkeypatch):
+    """The host as with --novram: banks and adapters are brought to the device for each forward."""
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    patched, _ = apply_lora(toy, lora, 1.0, mode)
+    close(toy.model.run(patched, golden["x2.in"]), golden["x2.out_lora"])
+    assert not any(model.model_loaded_memory() for model in comfy.model_management.current_loaded_models)
+    close(toy.model.run(toy, golden["x2.in"]), golden["x2.out_base"])
+
+
 def test_merged_weights_are_the_references(toy, lora, golden):
     patched, _ = apply_lora(toy, lora, 1.0, "merge")
     before = {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}

@@ -1,17 +1,26 @@
 """Generators under the host's memory management, conditions from the host's types, and the folder models/hywu."""
 
+import json
+from types import SimpleNamespace
+
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import comfy_execution.caching
+import families
 import folder_paths
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hywu_core import CheckpointError, ConditionError, GenerationError, Generator, load_generator, save_generator
+from hywu_core.chunked import memory_required
 from hywu_core.condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
 from hywu_core.config import GeneratorConfig
-from hywu_core.host import conditions, folders, generators, lora_store
+from hywu_core.host import apply, conditions, folders, generators, lora_store
+from hywu_core.lora_files import load_lora, to_state_dict
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +58,45 @@ def test_weights_are_counted_and_loaded_only_on_use(gen_2, golden):
     generators.generate(handle, as_condition(golden["case1.condition"]))
     assert handle.patcher in comfy.model_management.loaded_models()
     assert handle.patcher.model_size() == sum(p.numel() * 4 for p in handle.generator.parameters())
+
+
+def test_the_host_is_told_how_much_room_the_run_needs(gen_2, golden, monkeypatch):
+    asked, load = [], comfy.model_management.load_models_gpu
+
+    def load_models_gpu(models, memory_required):
+        asked.append(memory_required)
+        load(models, memory_required=memory_required)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_models_gpu)
+    handle, tokens = generators.load(gen_2), golden["case1.condition"]
+    generators.generate(handle, as_condition(tokens))
+    assert asked == [memory_required(handle.generator, 1, tokens.shape[1], torch.float32)]
+    grid = handle.config.num_base_model_layers * handle.generator.model.hw_pos.weight.numel() * 4
+    assert grid < asked[0] < 2**25
+
+
+def test_nothing_changes_when_every_layer_is_offloaded(gen_2, golden, monkeypatch):
+    """The host as with --novram: each layer of the generator is brought to the device for its forward."""
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    handle = generators.load(gen_2)
+    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
+    assert comfy.model_management.current_loaded_models[0].model_loaded_memory() == 0
+    for name, pair in lora.factors.items():
+        torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
+
+
+def test_the_hosts_patcher_is_looked_up_when_it_is_needed(gen_2, monkeypatch):
+    """The host chooses between its dynamic and its plain one only after node packs could have imported it."""
+
+    class Chosen(comfy.model_patcher.ModelPatcher):
+        pass
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Chosen)
+    flux = families.flux()
+    patched, _ = apply.apply_lora(flux.model, families.random_lora(flux, seed=5), mode="bypass")
+    (bank,) = patched.get_additional_models()
+    assert isinstance(bank, Chosen) and isinstance(generators.load(gen_2).patcher, Chosen)
 
 
 @pytest.mark.parametrize(("name", "bound"), [("bfloat16", 2e-2), ("float16", 5e-3), ("fp8_e4m3fn", 0.2)])
@@ -90,15 +138,21 @@ def test_progress_is_shown_and_cancel_works_between_chunks(gen_2, golden, monkey
     assert all(torch.equal(a.up, b.up) for a, b in zip(again.pairs, whole.pairs, strict=True))
 
 
-def test_the_cache_of_the_host_counts_a_lora_fully(gen_2, golden):
-    lora = generators.generate(generators.load(gen_2), as_condition(golden["case1.condition"]))
+def test_the_cache_of_the_host_counts_a_lora_fully(gen_2, golden, monkeypatch):
+    """Counted too low, LoRAs of old prompts would stay until nothing else fits. The host's own cache tells what it freed."""
+    handle = generators.load(gen_2)
+    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
 
-    def counted(outputs) -> int:  # how the host's RAM-pressure cache looks at a node's outputs: lists and tuples only
-        if isinstance(outputs, torch.Tensor):
-            return outputs.numel()
-        return sum(counted(o) for o in outputs) if isinstance(outputs, (list, tuple)) else 0
+    def freed(*outputs) -> int:
+        cache = comfy_execution.caching.RAMPressureCache(None)
+        cache.generation, cache.used_generation, cache.timestamps = 1, {"node": 0}, {"node": 0.0}
+        cache.cache["node"] = SimpleNamespace(outputs=[[output] for output in outputs])
+        return cache.ram_release(target=1)
 
-    assert counted([[lora]]) == lora.elements
+    no_room = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(comfy_execution.caching, "psutil", no_room)
+    assert freed(lora, to_state_dict(lora)) - freed(None) == lora.elements * 4
+    assert freed(as_condition(golden["case1.condition"])) - freed(None) == golden["case1.condition"].nbytes
 
 
 def test_not_finite_is_one_error_that_names_the_layer(gen_2, golden, tmp_path):
@@ -195,6 +249,23 @@ def test_a_lora_is_saved_below_the_output_folder(tmp_path, monkeypatch, gen_2, g
     ]
     state = comfy.utils.load_torch_file(str(last))
     assert {t.dtype for k, t in state.items() if "lora_" in k} == {torch.bfloat16}
+
+
+def test_a_saved_lora_says_where_it_comes_from(tmp_path, monkeypatch, gen_2, golden):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    generator = load_generator(gen_2)
+    generator.config.hywu["base"] = "Flux"
+    handle = generators.load(save_generator(generator, tmp_path / "edits.safetensors"))
+    condition = as_condition(golden["case1.condition"])._replace(instruction="make it blue")
+    path = lora_store.save_to_output(generators.generate(handle, condition), "lora", "stock", None)
+    with safe_open(str(path), "pt") as file:
+        written = json.loads(file.metadata()["hywu"])
+    alpha, rank = generator.config.alpha, generator.config.rank
+    assert written == {
+        "base": "Flux", "generator": "edits.safetensors", "generator_hash": handle.fingerprint,
+        "instruction": "make it blue", "rank": rank, "alpha": alpha, "scale": alpha / rank,
+    }  # fmt: skip
+    assert load_lora(path).metadata == written
 
 
 def test_a_place_that_cannot_be_written_to_is_one_error(tmp_path, monkeypatch):
