@@ -73,11 +73,6 @@ def apply_lora(
             f"The LoRA would start at {start:g} of the sampling and end at {end:g}, so it would never act. "
             "Make the start smaller than the end."
         )
-    if start > end:
-        raise MatchError(
-            f"The LoRA would start at {start:g} of the sampling and end at {end:g}, so it would never act. "
-            "Make the start smaller than the end."
-        )
     matches = match(lora, model.model)
     clone = model.clone()
     if strength == 0:
