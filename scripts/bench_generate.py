@@ -2,13 +2,13 @@
 
 Each variant runs in a process of its own, so that its peak is its own. Memory is the peak resident size above what is
 resident before the run (weights, libraries) and above the output. Run: .venv/bin/python scripts/bench_generate.py
+Fails if `generate` needs more than half of the plain forward's memory, or more than 1.1 of its time.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
 
@@ -18,6 +18,7 @@ VARIANTS = {
     "generate": "generate as it is",
 }
 REPEATS = 3
+MOST_MEMORY, MOST_TIME = 0.5, 1.1  # of the plain forward's
 
 
 def build():
@@ -61,22 +62,25 @@ def measure(variant: str) -> dict[str, float]:
     return {"bytes": peak - before - lora.elements * 4, "seconds": min(seconds)}
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
-        return
+def main() -> int:
+    """Measure all, print a table, say whether the bounds hold."""
+    fresh = multiprocessing.get_context("spawn")  # not a fork, which would inherit this process's memory
     results = {}
     for variant in VARIANTS:
-        done = subprocess.run([sys.executable, __file__, variant], capture_output=True, text=True, check=True)
-        results[variant] = json.loads(done.stdout)
-    plain = results["forward"]
+        with fresh.Pool(1) as process:
+            results[variant] = process.apply(measure, (variant,))
+    plain, ours = results["forward"], results["generate"]
     print(f"{'variant':12} {'peak MiB':>9} {'ratio':>6} {'seconds':>8} {'ratio':>6}")
     for variant, found in results.items():
         print(
             f"{variant:12} {found['bytes'] / 2**20:9.0f} {found['bytes'] / plain['bytes']:6.2f} "
             f"{found['seconds']:8.2f} {found['seconds'] / plain['seconds']:6.2f}   {VARIANTS[variant]}"
         )
+    small, fast = ours["bytes"] <= MOST_MEMORY * plain["bytes"], ours["seconds"] <= MOST_TIME * plain["seconds"]
+    for bound, kept in ((f"{MOST_MEMORY}x the memory", small), (f"{MOST_TIME}x the time", fast)):
+        print(f"at most {bound}: {'yes' if kept else 'NO'}")
+    return 0 if small and fast else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

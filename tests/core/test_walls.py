@@ -42,6 +42,9 @@ RELEASED = {
     "HYWUApplyLoRA",
     "HYWUSaveLoRA",
     "HYWULoadLoRA",
+    "HYWUBlendLoRAs",
+    "HYWUInspectLoRA",
+    "HYWUCompareLoRAs",
     "HYWULoadPocketEditor",
 }
 
@@ -158,12 +161,46 @@ def test_there_is_one_folder_of_templates():
     assert not [path for path in (ROOT / "workflows").iterdir() if path.is_dir()]
 
 
-def test_tests_are_collected_without_the_host_whatever_the_folder_is_called(tmp_path):
+def test_what_is_published_starts_no_processes():
+    """The registry flags a version whose files can, and flagged versions silently disappear from ComfyUI's manager."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    listed = ["git", "ls-files", "-z", "--cached", "--", "*.py"]
+    files, kept_out = (
+        set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")) - {""}
+        for command in (listed, [*listed[:4], "--ignored", "--exclude-from=.comfyignore", *listed[4:]])
+    )
+    published = [ROOT / file for file in files - kept_out if (ROOT / file).exists()]
+    assert ROOT / "nodes" / "lora.py" in published and ROOT / "tests" / "conftest.py" not in published
+    assert not [name(path) for path in published if imported(path) & {"subprocess", "socket", "pickle"}]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the pack in a folder whose name is no name of a package."""
     checkout = tmp_path / "my-checkout of.hywu"
     for folder in ("nodes", "hywu_core"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    shutil.copy(ROOT / "__init__.py", checkout)
+    return checkout
+
+
+def test_the_door_opens_outside_the_host_as_a_package_and_as_a_file(checkout):
+    for package in ("[str(door.parent)]", "None"):
+        code = (
+            "import importlib.util, pathlib, sys; door = pathlib.Path('__init__.py').resolve()\n"
+            f"spec = importlib.util.spec_from_file_location(door.parent.name, door, submodule_search_locations={package})\n"
+            "pack = sys.modules[spec.name] = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(pack)\n"
+            "print(pack.WEB_DIRECTORY, hasattr(pack, 'comfy_entrypoint'))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=120)
+        assert result.stdout == "./web False\n", result.stderr
+
+
+def test_tests_are_collected_without_the_host_whatever_the_folder_is_called(checkout):
     (checkout / "tests" / "core").mkdir(parents=True)
-    for file in ("__init__.py", "pyproject.toml", "tests/conftest.py", "tests/core/test_walls.py"):
+    for file in ("pyproject.toml", "tests/conftest.py", "tests/core/test_walls.py"):
         shutil.copy(ROOT / file, checkout / file)
     command = [sys.executable, "-m", "pytest", "--quiet", "-k", "node_ids_are_frozen"]
     result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120)
