@@ -58,10 +58,22 @@ def test_an_output_folder_that_cannot_be_written_to(studio):
 def test_a_saved_lora_is_one_whole_file(studio):
     run = studio.run(save_lora(studio, "loras/kept"))
     assert run.outcome == "execution_success"
-    (file,) = (studio.server.output / "loras").iterdir()
+    (file,) = (studio.server.output / "loras").glob("*kept*")
     assert file.suffix == ".safetensors"
 
 
 def test_a_generator_that_is_not_there_is_refused_before_anything_runs(studio):
     with pytest.raises(RuntimeError, match="value_not_in_list"):
         studio.run(studio.quickstart(HYWULoadGenerator={"generator": "../../secret.safetensors"}))
+
+
+def test_a_damaged_lora_file_is_named(studio):
+    assert studio.run(save_lora(studio, "loras/damaged")).outcome == "execution_success"
+    (file,) = (studio.server.output / "loras").glob("damaged_*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    prompt = studio.quickstart(HYWUApplyLoRA={"lora": ["load", 0]})
+    prompt["load"] = {"class_type": "HYWULoadLoRA", "inputs": {"lora": file.name}}
+    run = studio.run(prompt)
+    assert run.outcome == "execution_error"
+    assert run.messages[-1][1]["node_id"] == "load"
+    assert str(file) in run.error and "truncated" in run.error

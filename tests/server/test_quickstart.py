@@ -1,7 +1,13 @@
 """The template that ships, through the real server: it runs, caches, and can be cancelled anywhere."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
+from demo import PICTURE, draw_picture
+from host_server import HostServer
+from PIL import Image
 
 
 def test_the_pack_was_imported_without_complaint(server):
@@ -92,3 +98,52 @@ def test_cancelling_the_sampler_leaves_the_base_untouched(studio, mode):
     run = studio.run(studio.quickstart(**slow), interrupt_at(studio, "KSampler"))
     assert run.outcome == "execution_interrupted"
     assert np.array_equal(expected, studio.picture(studio.quickstart(**base)))
+
+
+def test_a_saved_lora_gives_the_merged_picture_through_the_stock_loader(studio):
+    """Bit for bit; and through our own loader, which an artist uses for the modes and the schedule."""
+    save, generate, apply = "save", studio.node("HYWUGenerateLoRA"), studio.node("HYWUApplyLoRA")
+    prompt = studio.quickstart(HYWUApplyLoRA={"mode": "merge"})
+    inputs = {"lora": [generate, 0], "filename_prefix": "loras/stock", "format": "stock", "dtype": "as generated"}
+    prompt[save] = {"class_type": "HYWUSaveLoRA", "inputs": inputs}
+    merged = studio.picture(prompt)
+    (file,) = (studio.server.output / "loras").glob("stock_*.safetensors")
+
+    stock = studio.quickstart()
+    model = stock[apply]["inputs"]["model"]
+    inputs = {"model": model, "lora_name": file.name, "strength_model": stock[apply]["inputs"]["strength"]}
+    stock[apply] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    assert np.array_equal(studio.picture(stock), merged)
+
+    ours = studio.quickstart(HYWUApplyLoRA={"mode": "merge", "lora": ["load", 0]})
+    ours["load"] = {"class_type": "HYWULoadLoRA", "inputs": {"lora": file.name}}
+    assert np.array_equal(studio.picture(ours), merged)
+    both = studio.quickstart(HYWUApplyLoRA={"mode": "merge", "lora": [generate, 1]})
+    assert np.array_equal(studio.picture(both), merged), "a LORA_MODEL is the same LoRA"
+
+
+def test_loras_are_blended_and_shown(studio):
+    """An equal blend of a LoRA with itself is that LoRA; picture and table of what it changes come along."""
+    generate = [studio.node("HYWUGenerateLoRA"), 0]
+    several = {"loras.lora0": generate, "loras.lora1": generate}
+    prompt = studio.quickstart(HYWUApplyLoRA={"lora": ["blend", 0]})
+    prompt["blend"] = {"class_type": "HYWUBlendLoRAs", "inputs": {**several, "weights": "0.5, 0.5", "max_rank": 0}}
+    prompt["inspect"] = {"class_type": "HYWUInspectLoRA", "inputs": {"lora": ["blend", 0]}}
+    prompt["compare"] = {"class_type": "HYWUCompareLoRAs", "inputs": several}
+    for name in ("inspect", "compare"):
+        prompt[f"show {name}"] = {"class_type": "PreviewImage", "inputs": {"images": [name, 0]}}
+        prompt[f"read {name}"] = {"class_type": "PreviewAny", "inputs": {"source": [name, 1]}}
+    blended = studio.picture(prompt)
+    alone = studio.picture(studio.quickstart())
+    assert np.abs(blended.astype(int) - alone.astype(int)).max() <= 1  # of 255
+
+
+def test_without_dynamic_vram_the_picture_is_the_same(studio, host_dir, tmp_path):
+    expected = studio.picture(studio.quickstart())
+    pack = os.environ.get("HYWU_PACK_NAME", "hywu")
+    with HostServer(sys.executable, host_dir, tmp_path, pack, ("--disable-dynamic-vram", "--cache-none")) as server:
+        draw_picture(server.input / PICTURE)
+        run = server.run(studio.quickstart())
+        assert run.outcome == "execution_success", run.messages[-1]
+        (file,) = run.files(studio.node("SaveImage"))
+        assert np.array_equal(np.asarray(Image.open(server.output / file)), expected)
