@@ -10,29 +10,68 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from in_host import ROOT, enter_host
 
 enter_host()
 import torch  # noqa: E402
 
+from hywu_core import Generator, save_generator  # noqa: E402
 from hywu_core.bases import pocket  # noqa: E402
-from hywu_core.bases.pocket import editor, pictures, text  # noqa: E402
-from hywu_core.bases.pocket.edits import BASE_EDITS  # noqa: E402
-from hywu_core.bases.pocket.task import EditingTask  # noqa: E402
+from hywu_core.bases.pocket import editor, methods, pictures, text  # noqa: E402
+from hywu_core.bases.pocket.edits import BASE_EDITS, SUITES  # noqa: E402
+from hywu_core.bases.pocket.task import EditingTask, Regime  # noqa: E402
 from hywu_core.host.training import DiffusionObjective  # noqa: E402
-from hywu_core.training import FullFineTuning, StepReport, TrainConfig, Trainer  # noqa: E402
+from hywu_core.lora_files import save_lora  # noqa: E402
+from hywu_core.training import FullFineTuning, GeneratorTrainable, SharedLora, StepReport, TrainConfig, Trainer  # noqa: E402
+from hywu_core.training.trainable import leaves  # noqa: E402
 
 VARIANTS = 6  # of every training tile
 SAVE_EVERY = 100
-BASE_PHASES = {  # name -> (picture size, how to train): small pictures first, then some larger ones
-    "base32": (32, TrainConfig(steps=3000, batch=16, learning_rate=1e-3, warmup=100, ema=0.995)),
-    "base64": (64, TrainConfig(steps=500, batch=8, learning_rate=3e-4, warmup=50, ema=0.99)),
+PICTURES = "tiles/train.webp: Noto Emoji (Apache-2.0), public-domain photographs"
+
+
+class Phase(NamedTuple):
+    """A part of a training: small pictures first, then some larger ones."""
+
+    size: int  # of the pictures
+    how: TrainConfig
+
+
+class Recipe(NamedTuple):
+    """What ships for one regime."""
+
+    regime: Regime
+    suite: str
+    generator: tuple[Phase, ...]
+    shared: tuple[Phase, ...]
+
+
+BASE = (
+    Phase(32, TrainConfig(steps=3000, batch=16, learning_rate=1e-3, warmup=100, ema=0.995)),
+    Phase(64, TrainConfig(steps=300, batch=8, learning_rate=3e-4, warmup=30, ema=0.98)),
+)
+
+
+def phases(rate: float, steps: int, larger: int) -> tuple[Phase, Phase]:
+    """The same for both kinds of adapter, but for the learning rate."""
+    small = TrainConfig(steps=steps, batch=16, learning_rate=rate, warmup=steps // 10, ema=0.99)
+    return Phase(32, small), Phase(
+        64, replace(small, steps=larger, batch=8, learning_rate=rate / 3, warmup=larger // 10)
+    )
+
+
+RECIPES = {
+    "": Recipe("told", "all", phases(2e-3, 1500, 200), phases(1e-2, 1500, 200)),
+    "-blind": Recipe("blind", "eight", phases(2e-3, 500, 100), phases(1e-2, 500, 100)),
 }
 
 
-def train_text_encoder(seed: int) -> None:
+def write_text_encoder(seed: int) -> None:
     """Seeded random features: a fixed, well separated code for every word, which is all that the editor needs."""
     config = pocket.TextConfig(words=pocket.default_words())
     provenance = {"weights": f"fixed random features, seed {seed}"}
@@ -42,32 +81,71 @@ def train_text_encoder(seed: int) -> None:
 def train_base(work: Path, seed: int) -> None:
     """The editing model: copy, swap, mirror and flip, told in words. It never sees the edits of the suites."""
     config = pocket.EditorConfig()
-    state = editor.initial_state(config, seed)
-    clip = pocket.load_text_encoder(pocket.pocket_files().text)
-    for name, (size, how) in BASE_PHASES.items():
-        state = run_base_phase(work / f"{name}.safetensors", state, clip, size, how, seed)
+    objective = DiffusionObjective(
+        editor.editor_from_state(editor.initial_state(config, seed), config), train_base=True
+    )
+    parameters = dict(objective.base.diffusion_model.named_parameters())
+    run_phases("base", work, FullFineTuning(parameters), objective, BASE, BASE_EDITS, "told", seed)
     provenance = {
-        "trained_on": "tiles/train.webp: Noto Emoji (Apache-2.0), public-domain photographs",
+        "trained_on": PICTURES,
         "edits": ", ".join(edit.name for edit in BASE_EDITS),
-        "steps": str({name: how.steps for name, (_, how) in BASE_PHASES.items()}),
+        "steps": str([phase.how.steps for phase in BASE]),
         "seed": str(seed),
     }
-    print(pocket.save_editor(state, config, pocket.pocket_files().editor, provenance))
+    print(pocket.save_editor(parameters, config, pocket.pocket_files().editor, provenance))
 
 
-def run_base_phase(file: Path, state: dict, clip, size: int, how: TrainConfig, seed: int) -> dict[str, torch.Tensor]:
-    """One phase, resumed if it was begun. Returns the averaged weights."""
-    model = editor.editor_from_state(state, pocket.EditorConfig())
-    objective = DiffusionObjective(model, train_base=True)
-    composed, names = pictures.compose("train", size, VARIANTS, seed)
-    parameters = dict(objective.base.diffusion_model.named_parameters())
-    task = EditingTask(clip, composed, names, BASE_EDITS)
-    trainer = Trainer(FullFineTuning(parameters), objective, task, how)
-    if file.exists():
-        trainer.resume(file)
+def train_adapters(work: Path, seed: int) -> None:
+    """For each recipe a generator, and the shared LoRA that it is shown against."""
+    for suffix, recipe in RECIPES.items():
+        provenance = {
+            "trained_on": PICTURES,
+            "edits": [edit.name for edit in SUITES[recipe.suite]],
+            "regime": recipe.regime,
+            "steps": [phase.how.steps for phase in recipe.generator],
+            "seed": seed,
+        }
+        config = methods.generator_config(training=provenance)
+        objective = DiffusionObjective(editor.load_editor(pocket.pocket_files().editor))
+
+        generator = Generator(config, dtype=torch.float32).initialize(seed)
+        generated = GeneratorTrainable(generator)
+        edits = SUITES[recipe.suite]
+        run_phases(f"generator{suffix}", work, generated, objective, recipe.generator, edits, recipe.regime, seed)
+        print(
+            save_generator(generator, ROOT / "models" / f"pocket-generator{suffix}.safetensors", dtype=torch.bfloat16)
+        )
+
+        shared = SharedLora(config, config.rank, config.alpha, seed)
+        run_phases(f"shared{suffix}", work, shared, objective, recipe.shared, edits, recipe.regime, seed)
+        lora = leaves(shared.lora()).with_metadata(base="pocket editor", training=provenance)
+        print(save_lora(lora, pocket.WEIGHTS / f"shared{suffix}.safetensors", dtype=torch.bfloat16))
+
+
+def run_phases(
+    name: str,
+    work: Path,
+    trainable,
+    objective: DiffusionObjective,
+    parts: Sequence[Phase],
+    edits: Sequence,
+    regime: Regime,
+    seed: int,
+) -> None:
+    """Train phase after phase, each resumed if it was begun. The trainable ends with the averaged weights."""
     objective.prepare()
-    trainer.run(show(file.stem, how.steps), file, SAVE_EVERY)
-    return {name: average.clone() for name, average in trainer.averaged.items()}
+    clip = pocket.load_text_encoder(pocket.pocket_files().text)
+    for size, how in parts:
+        composed, names = pictures.compose("train", size, VARIANTS, seed)
+        config = None if isinstance(trainable, FullFineTuning) else methods.generator_config()
+        task = EditingTask(clip, composed, names, edits, config, regime)
+        trainer = Trainer(trainable, objective, task, replace(how, seed=seed))
+        state = work / f"{name}{size}.safetensors"
+        if state.exists():
+            trainer.resume(state)
+        if trainer.done < how.steps:
+            trainer.run(show(state.stem, how.steps), state, SAVE_EVERY)
+        trainer.use_averaged()
 
 
 def show(name: str, steps: int):
@@ -93,10 +171,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_float32_matmul_precision("medium")  # products in bfloat16 where the processor has them: twice as fast
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.only != "adapters":
-        train_text_encoder(arguments.seed)
+        write_text_encoder(arguments.seed)
         train_base(arguments.work, arguments.seed)
+    if arguments.only != "base":
+        train_adapters(arguments.work, arguments.seed)
 
 
 if __name__ == "__main__":

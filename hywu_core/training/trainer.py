@@ -49,11 +49,18 @@ class Alone:
         """Nothing to share."""
 
 
+def anywhere(communication: Communication, happened: bool) -> bool:
+    """Whether it happened in any of the processes; all of them must ask."""
+    share = torch.tensor(float(happened))
+    communication.average([share])
+    return float(share) > 0
+
+
 class StepReport(NamedTuple):
     """What one step did."""
 
     step: int  # the first is 0
-    loss: float  # mean over this process's samples
+    loss: float  # mean over all samples of the step
     rate: float
     gradient_norm: float
 
@@ -119,9 +126,7 @@ class Trainer:
             TrainingError: naming step and sample for a loss that is not finite. No parameter was changed then.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._backward(self._draws())
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        self.communication.average(gradients)
+        loss = self._share(self._try_backward())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip or float("inf"))
         if not torch.isfinite(norm):
             raise TrainingError(
@@ -134,7 +139,15 @@ class Trainer:
         for name, average in self.averaged.items():
             average.lerp_(self.parameters[name].detach(), 1 - self.config.ema)
         self.done += 1
-        return StepReport(self.done - 1, float(losses.mean()), rate, float(norm))
+        return StepReport(self.done - 1, loss, rate, float(norm))
+
+    def use_averaged(self) -> None:
+        """Replace the parameters by their averages, if the run keeps any. For the end of a run: the optimizer knows nothing
+        of it.
+        """
+        with torch.no_grad():
+            for name, average in self.averaged.items():
+                self.parameters[name].copy_(average)
 
     def save(self, path: Path) -> None:
         """Write the run's state atomically: parameters, optimizer, averages, progress."""
@@ -152,6 +165,30 @@ class Trainer:
         share = self.config.batch // self.communication.processes
         first = share * self.communication.rank
         return batch_of(self.data, self.config.seed, self.done, self.config.batch, slice(first, first + share))
+
+    def _try_backward(self) -> Tensor:
+        """The losses of this process's samples; gradients are left on the parameters. A process that fails takes the others
+        along, which would wait for it for ever.
+        """
+        losses, failure = torch.zeros(()), None
+        try:
+            losses = self._backward(self._draws())
+        except Exception as error:
+            failure = error
+        if anywhere(self.communication, failure is not None):
+            raise failure or TrainingError(
+                f"Another process failed in step {self.done}; it says why. The parameters are as after the step before."
+            )
+        return losses
+
+    def _share(self, losses: Tensor) -> float:
+        """Average gradients and loss over the processes; every one sends the same list, whatever its samples reached."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        loss = losses.mean()
+        self.communication.average([*(p.grad for p in self.parameters.values()), loss])
+        return float(loss)
 
     def _backward(self, draws: list[Draw]) -> Tensor:
         """Stage one: the base, micro-batch by micro-batch, leaves gradients on the factors alone. Stage two: one backward

@@ -1,7 +1,7 @@
 """Edits with a known right answer, in conflicting pairs, and how one asks for them.
 
 An edit is a function of pictures (B, 3, H, W) in [0, 1]. Neighbours in a suite undo each other, so that no one change of the
-weights serves both. In the suite `instance` the right edit also depends on the picture: "even out the brightness" darkens a
+weights serves both. In the suite `instance` the right edit also depends on the picture: "balance the exposure" darkens a
 bright picture and brightens a dark one.
 """
 
@@ -119,16 +119,25 @@ SIXTEEN = (
     Edit("spotlight", lambda x: x * (0.2 + 0.8 * _radius(x)), ("bright corners", "shade the centre", "dim the middle")),
 )
 INSTANCE = (
-    Edit("even", _exposure(1.0), ("even the brightness", "balance the exposure", "bring it to the middle")),
-    Edit("uneven", _exposure(-1.5), ("push the brightness", "exposure to the extreme", "drive it from the middle")),
-    Edit("neutral", _balance(1.0), ("balance the colours", "neutral colours", "remove the dominant tint")),
+    Edit("even", _exposure(1.0), ("balance the exposure", "balance the brightness", "light to the middle")),
+    Edit("uneven", _exposure(-1.5), ("push the exposure", "push the brightness", "light from the middle")),
+    Edit("neutral", _balance(1.0), ("balance the colours", "natural colours", "remove the dominant tint")),
     Edit("tinted", _balance(-1.5), ("push the main colour", "boost the dominant tint", "more of the main hue")),
-    Edit("warm-bright", _warm_side(1), ("warm the bright side", "warm light and cool shadow", "golden bright half")),
-    Edit("cool-bright", _warm_side(-1), ("cool the bright side", "cool light and warm shadow", "icy bright half")),
-    Edit("invert-dark", _invert_if(True), ("invert it if dark", "night to day", "make dark pictures negative")),
-    Edit("invert-bright", _invert_if(False), ("invert it if bright", "day to night", "make bright pictures negative")),
+    Edit("warm-bright", _warm_side(1), ("warm the bright half", "warm light and cool shadow", "golden bright half")),
+    Edit("cool-bright", _warm_side(-1), ("cool the bright half", "cool light and warm shadow", "icy bright half")),
+    Edit("invert-dark", _invert_if(True), ("invert the dark photo", "night to day", "make the dark photo negative")),
+    Edit(
+        "invert-bright",
+        _invert_if(False),
+        ("invert the bright photo", "day to night", "make the bright photo negative"),
+    ),
 )
-SUITES: dict[str, tuple[Edit, ...]] = {"eight": EIGHT, "sixteen": SIXTEEN, "instance": INSTANCE}
+SUITES: dict[str, tuple[Edit, ...]] = {
+    "eight": EIGHT,
+    "sixteen": SIXTEEN,
+    "instance": INSTANCE,
+    "all": (*SIXTEEN, *INSTANCE),
+}
 
 # What the base itself learns: none of the edits above, so that they are new to it.
 BASE_EDITS = (

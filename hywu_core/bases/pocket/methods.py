@@ -29,8 +29,8 @@ class Run(NamedTuple):
     method: str
     rate: float
     seed: int = 0
-    steps: int = 400
-    batch: int = 16
+    steps: int = 500
+    batch: int = 8
 
     @property
     def name(self) -> str:

@@ -102,8 +102,9 @@ class EditingTask:
         return to_latent(self.pictures[[case.picture for case in cases]])
 
     def balanced_cases(self, count: int) -> list[Case]:
-        """`count` cases over distinct pictures, every edit equally often."""
-        return [Case(index % len(self.pictures), index % len(self.edits)) for index in range(count)]
+        """`count` cases over distinct pictures of all kinds, every edit equally often; the same ones every time."""
+        order = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(0)).tolist()
+        return [Case(order[index % len(order)], index % len(self.edits)) for index in range(count)]
 
 
 def encode_words(clip: Any, text: str) -> Words:
