@@ -3,9 +3,9 @@
 from comfy_api.latest import ComfyExtension
 
 from ..hywu_core.host import folders
-from . import compare, generate, lora, pocket
+from . import compare, generate, lora, pocket, train
 
-TOPICS = (generate, lora, compare, pocket)
+TOPICS = (generate, lora, compare, train, pocket)
 
 
 class HYWUExtension(ComfyExtension):

@@ -55,7 +55,8 @@ class HYWUCondition(io.ComfyNode):
             display_name="HY-WU Condition",
             category="HY-WU",
             description="Gathers what a generator reads: the encoded instruction (and picture, where the text encoder sees "
-            "it), and for generators that were trained with it the patch features of a CLIP Vision model.",
+            "it), and for generators that were trained with them the patch features of a CLIP Vision model or the base's own "
+            "hidden states.",
             inputs=[
                 io.Conditioning.Input(
                     "conditioning", tooltip="The instruction, from the base's own text encoder, as for the sampler."
@@ -73,13 +74,19 @@ class HYWUCondition(io.ComfyNode):
                     advanced=True,
                     tooltip="The instruction as text. It changes nothing; it is written into the metadata of saved LoRAs.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The base itself, only for generators that were trained with its hidden states. It is run once "
+                    "on the source picture (Set Reference Latent), and what it sees takes the place of the conditioning.",
+                ),
             ],
             outputs=[Condition.Output("condition", tooltip="Wire it into Generate Instance LoRA.")],
         )
 
     @classmethod
-    def execute(cls, conditioning, clip_vision_output=None, instruction=""):
-        return io.NodeOutput(conditions.from_host(conditioning, clip_vision_output, instruction))
+    def execute(cls, conditioning, clip_vision_output=None, instruction="", model=None):
+        return io.NodeOutput(conditions.from_host(conditioning, clip_vision_output, instruction, model))
 
 
 class HYWUGenerateLoRA(io.ComfyNode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
@@ -15,6 +15,9 @@ from ..lora import InstanceLora, cosine, norms
 _LAYER = re.compile(r"^(?P<stack>.*?)(?P<layer>\d+)\.(?P<target>.+)$")  # the first number of a name is the layer
 CELL, MARGIN, LINE = 44, 10, 16  # pixels
 LOW, MIDDLE, HIGH = (38, 70, 140), (245, 245, 245), (190, 50, 40)
+PLOT = (360, 220)  # pixels of a plot's area
+COLOURS = ((110, 110, 110), (38, 70, 140), (190, 50, 40), (205, 140, 30))  # of lines, in their order
+GREY = (170, 170, 170)
 
 
 def norms_by_layer(lora: InstanceLora) -> tuple[Tensor, str]:
@@ -46,6 +49,74 @@ def cosines(loras: Sequence[InstanceLora]) -> tuple[Tensor, str]:
     values = torch.tensor([[float(cosine(a, b).mean()) for b in loras] for a in loras], dtype=torch.float64)
     names = [_label(index, lora) for index, lora in enumerate(loras)]
     return _heat_map(values, names, names, "cosine of dW", (-1.0, 1.0)), _table(values, names, names, "cosine of dW")
+
+
+def losses_by_level(
+    levels: Sequence[float], losses: Mapping[str, Sequence[float]], gains: Mapping[str, tuple[float, float, float]]
+) -> Tensor:
+    """Losses over noise levels, one line for each control, beside the gains over them with their intervals.
+
+    Args:
+        levels: shares of the sampling.
+        losses: {control: mean loss at every level}.
+        gains: {control: (mean, low, high)}.
+    Returns:
+        an IMAGE (1, H, W, 3).
+    """
+    font = ImageFont.load_default(12)
+    left = MARGIN + int(font.getlength("0.0000")) + MARGIN
+    top, width = MARGIN + 2 * LINE, left + PLOT[0] + 5 * MARGIN
+    image = Image.new("RGB", (2 * width, top + PLOT[1] + 3 * LINE), "white")
+    draw = ImageDraw.Draw(image)
+    _lines(draw, (left, top), levels, losses, font)
+    _intervals(draw, (width + 10 * MARGIN, top), gains, font)
+    return _as_image(image)
+
+
+def _lines(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    levels: Sequence[float],
+    losses: Mapping[str, Sequence[float]],
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    x, y = corner
+    peak = max(max(values) for values in losses.values()) or 1.0
+    draw.text((x, y - 2 * LINE), "loss by share of the sampling", fill="black", font=font)
+    draw.line((x, y, x, y + PLOT[1], x + PLOT[0], y + PLOT[1]), fill=GREY)
+    for share in (0.0, 0.5, 1.0):
+        draw.text((MARGIN, y + PLOT[1] * (1 - share) - 6), f"{peak * share:.2g}", fill="black", font=font)
+    for level in levels:
+        draw.text((x + PLOT[0] * level - 10, y + PLOT[1] + 4), f"{level:.0%}", fill="black", font=font)
+    for place, (name, values) in enumerate(losses.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        points = [(x + PLOT[0] * at, y + PLOT[1] * (1 - v / peak)) for at, v in zip(levels, values, strict=True)]
+        draw.line(points, fill=colour, width=2)
+        draw.text((x + place * PLOT[0] // len(losses), y + PLOT[1] + LINE + 6), name, fill=colour, font=font)
+
+
+def _intervals(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    gains: Mapping[str, tuple[float, float, float]],
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    x, y = corner
+    ends = [0.0, *(end for _, low, high in gains.values() for end in (low, high))]
+    low, reach = min(ends), (max(ends) - min(ends)) or 1.0
+
+    def across(value: float) -> float:
+        return x + PLOT[0] * 0.8 * (value - low) / reach
+
+    draw.text((x, y - 2 * LINE), "matched is better by (loss, 95 %)", fill="black", font=font)
+    draw.line((across(0), y, across(0), y + PLOT[1]), fill=GREY)
+    for place, (name, (mean, start, stop)) in enumerate(gains.items()):
+        middle = y + (place + 0.5) * PLOT[1] / len(gains)
+        draw.text((x - 9 * MARGIN, middle - 6), name, fill="black", font=font)
+        draw.line((across(start), middle, across(stop), middle), fill=COLOURS[1], width=2)
+        draw.ellipse((across(mean) - 4, middle - 4, across(mean) + 4, middle + 4), fill=COLOURS[1])
+        draw.text((across(mean) - 10, middle + 6), f"{mean:.3g}", fill="black", font=font)
+    draw.text((across(0) - 3, y + PLOT[1] + 4), "0", fill="black", font=font)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -84,7 +155,11 @@ def _heat_map(
         draw.text((MARGIN, top + CELL * r + CELL // 3), name, fill="black", font=font)
         for c in range(len(columns)):
             _cell(draw, (left + CELL * c, top + CELL * r), float(values[r, c]), limits, font)
-    return torch.from_numpy(numpy.asarray(image).astype(numpy.float32) / 255).unsqueeze(0)
+    return _as_image(image)
+
+
+def _as_image(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(numpy.asarray(picture).astype(numpy.float32) / 255).unsqueeze(0)
 
 
 def _cell(

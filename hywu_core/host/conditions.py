@@ -1,29 +1,112 @@
-"""Conditions from what the host's nodes already computed."""
+"""Conditions from what the host's nodes already computed, and from the frozen base itself."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import torch
 from torch import Tensor
 
-from ..condition import CLIP_VISION, CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart
+from ..condition import CLIP_VISION, CONDITIONING, HIDDEN_STATES, REFERENCE_LATENT, Condition, ConditionPart
 from ..errors import ConditionError
+from .stacks import StackError, find_stacks
 
 
-def from_host(conditioning: list, clip_vision_output: Any | None = None, instruction: str = "") -> Condition:
+def from_host(
+    conditioning: list,
+    clip_vision_output: Any | None = None,
+    instruction: str = "",
+    model: comfy.model_patcher.ModelPatcher | None = None,
+) -> Condition:
     """The condition that a CONDITIONING, and optionally a CLIP_VISION_OUTPUT, stand for. The CONDITIONING's first reference
     latent, if it has one, comes along for generators that read the source picture from it.
 
+    Args:
+        model: run this base on picture and instruction; its hidden states then stand in place of the CONDITIONING.
     Raises:
-        ConditionError: if the CONDITIONING holds more than one entry, or the vision output no patch features.
+        ConditionError: if the CONDITIONING holds more than one entry, or the vision output no patch features; see also
+            `hidden_states`.
     """
     tokens, options = _single(conditioning)
-    parts = [ConditionPart(CONDITIONING, tokens)]
+    if model is None:
+        parts = [ConditionPart(CONDITIONING, tokens)]
+    else:
+        parts = [ConditionPart(HIDDEN_STATES, hidden_states(model, conditioning))]
     if options.get("reference_latents"):
         parts.append(ConditionPart(REFERENCE_LATENT, options["reference_latents"][0]))
     if clip_vision_output is not None:
         parts.append(ConditionPart(CLIP_VISION, _patches(clip_vision_output)))
     return Condition(tuple(parts), instruction)
+
+
+def hidden_states(model: comfy.model_patcher.ModelPatcher, conditioning: list) -> Tensor:
+    """What the base's last block gives when it looks at the source picture at the sampler's last noise level, with its
+    instruction: (B, L, width). Runs the base once.
+
+    Raises:
+        ConditionError: if there is no source picture, or the last block gives no tokens.
+        StackError: if the base has no stack of blocks.
+    """
+    _, options = _single(conditioning)
+    if not options.get("reference_latents"):
+        raise ConditionError(
+            "The base can only look at a source picture that it is given, but the CONDITIONING has no reference latent. "
+            "Put the encoded picture on it with Set Reference Latent, or take the MODEL away."
+        )
+    latent = comfy.sample.fix_empty_latent_channels(model, options["reference_latents"][0])
+    sigma = float(model.get_model_object("model_sampling").sigma_min)
+    with last_block_output(model.model) as seen:
+        comfy.sample.sample_custom(
+            model,
+            torch.zeros_like(latent),
+            1.0,
+            comfy.samplers.sampler_object("euler"),
+            torch.tensor([sigma, 0.0]),
+            conditioning,
+            conditioning,
+            latent,
+            disable_pbar=True,
+        )
+    return _as_tokens(seen[-1] if seen else None).to(latent.device)
+
+
+@contextmanager
+def last_block_output(base: Any) -> Iterator[list[Any]]:
+    """For the time of the block, collect what the last block of every stack gives; the base's own last one comes last.
+
+    Raises:
+        StackError: if the base has no stack.
+    """
+    stacks, seen, handles = find_stacks(base), [], []
+    if not stacks:
+        raise StackError(
+            f"This model ({type(base).__name__}) has no stack of blocks whose output could be read. Use its CONDITIONING."
+        )
+    try:
+        for stack in stacks:
+            block = base.diffusion_model.get_submodule(stack.path)[-1]
+            handles.append(block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _as_tokens(output: Any) -> Tensor:
+    """A block's output as one sequence; streams of equal width (text and picture) follow each other."""
+    streams = output if isinstance(output, (tuple, list)) else (output,)
+    streams = [stream for stream in streams if isinstance(stream, Tensor) and stream.ndim == 3]
+    if not streams or len({stream.shape[-1] for stream in streams}) > 1:
+        raise ConditionError(
+            "The base's last block gives no tokens of one width, so its hidden states cannot be a condition. "
+            "Use the CONDITIONING or CLIP Vision features."
+        )
+    return torch.cat(streams, dim=1).float()
 
 
 def _single(conditioning: list) -> tuple[Tensor, dict[str, Any]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
+from torch import Tensor
 
 from ..checkpoint import inspect_generator
 from ..chunked import memory_required
@@ -18,6 +21,8 @@ from ..config import GeneratorConfig
 from ..errors import ConditionError
 from ..generator import Generator
 from ..lora import InstanceLora
+from .conditions import from_host
+from .stacks import OF_THE_BASE, generator_config
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -63,6 +68,57 @@ def wrap(generator: Generator, name: str, fingerprint: str) -> GeneratorHandle:
     return GeneratorHandle(_manage(generator), generator.config, _compute_dtype(dtype), name, fingerprint)
 
 
+def new_for(
+    model: comfy.model_patcher.ModelPatcher,
+    example: Condition | list,
+    condition_source: str,
+    seed: int,
+    **settings: Any,
+) -> GeneratorHandle:
+    """A fresh generator for a MODEL.
+
+    Args:
+        example: a CONDITIONING, or a Condition, as training will give them.
+        condition_source: one of `stacks.SOURCES`; settings: see `stacks.generator_config`.
+    Raises:
+        StackError, ConfigError: see there. ConditionError: if the example is no single condition.
+    """
+    if not isinstance(example, Condition):
+        example = from_host(example, model=model if condition_source == OF_THE_BASE else None)
+    config = generator_config(model.model, example, source=condition_source, **settings)
+    with torch.inference_mode(False):
+        return new(config, seed)
+
+
+def new(config: GeneratorConfig, seed: int) -> GeneratorHandle:
+    """A fresh generator, before its first training step: it writes LoRAs that change nothing yet."""
+    return from_state(config, Generator(config, dtype=torch.float32).initialize(seed).state_dict(), "new generator")
+
+
+def from_state(config: GeneratorConfig, state: Mapping[str, Tensor], name: str) -> GeneratorHandle:
+    """A generator of these weights. They are copied."""
+    generator = Generator(config, operations=comfy.ops.manual_cast, device="meta")
+    generator.load_state_dict({key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}, assign=True)
+    return wrap(generator, name, _fingerprint(generator))
+
+
+def trainable_copy(handle: GeneratorHandle) -> Generator:
+    """The same generator in float32 on the CPU, with weights of its own that can be trained."""
+    with torch.inference_mode(False):
+        copy = Generator(handle.config, device="meta")
+        state = handle.generator.state_dict()
+        own = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
+        copy.load_state_dict(own, assign=True)
+        return copy.requires_grad_(True)
+
+
+def manage_training(generator: Generator) -> comfy.model_patcher.ModelPatcher:
+    """A generator that is being trained, under the host's memory management, its weights always whole."""
+    patcher = _manage(generator, disable_dynamic=True)
+    generator.requires_grad_(True)
+    return patcher
+
+
 def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
     """Write the LoRA of a condition. Shows progress; the host's cancel button works between chunks.
 
@@ -74,27 +130,34 @@ def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
     tokens = assemble(condition, handle.config)
     if not torch.isfinite(tokens).all():
         raise ConditionError("The condition holds NaN or infinity. The text or image encoder that made it overflowed.")
-    batch, length = tokens.shape[:2]
-    room = memory_required(handle.generator, batch, length, handle.compute_dtype)
-    comfy.model_management.load_models_gpu([handle.patcher], memory_required=room)
-
     bar = None
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
-        comfy.model_management.throw_exception_if_processing_interrupted()
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
+
+    return write(handle, tokens, progress).with_metadata(instruction=condition.instruction)
+
+
+def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int], None] | None = None) -> InstanceLora:
+    """Write the LoRA of an assembled condition (B, L, input_dim); the host's cancel button works between chunks."""
+    batch, length = tokens.shape[:2]
+    room = memory_required(handle.generator, batch, length, handle.compute_dtype)
+    comfy.model_management.load_models_gpu([handle.patcher], memory_required=room)
+
+    def interruptible(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if progress:
+            progress(done, total)
 
     lora = handle.generator.generate(
         tokens.to(handle.patcher.load_device),
         dtype=handle.compute_dtype,
         result_device=comfy.model_management.intermediate_device(),
-        progress=progress,
+        progress=interruptible,
     )
-    return lora.with_metadata(
-        generator=handle.name, generator_hash=handle.fingerprint, instruction=condition.instruction
-    )
+    return lora.with_metadata(generator=handle.name, generator_hash=handle.fingerprint)
 
 
 def _patcher(path: str | Path, dtype: torch.dtype, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -115,6 +178,15 @@ def _manage(generator: Generator, disable_dynamic: bool = False) -> comfy.model_
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+
+
+def _fingerprint(generator: Generator) -> str:
+    """As of a file: the configuration, and a sample of every tensor."""
+    digest = hashlib.sha256(generator.config.to_json().encode())
+    for name, tensor in sorted(generator.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor[:2].contiguous().flatten()[:1024].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:

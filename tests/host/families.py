@@ -43,11 +43,11 @@ def build(config) -> comfy.model_patcher.ModelPatcher:
     )
 
 
-def flux(stack: str = "double") -> Family:
-    """Flux with both kinds of blocks; `stack` chooses which of them the LoRA is on."""
+def flux(stack: str = "double", channels: int = 4) -> Family:
+    """Flux with both kinds of blocks; `stack` chooses which of them the LoRA is on. Real ones have 16 channels."""
     config = comfy.supported_models.Flux(
         {
-            "image_model": "flux", "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 12,
+            "image_model": "flux", "in_channels": channels, "out_channels": channels, "vec_in_dim": 8, "context_in_dim": 12,
             "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
             "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
             "txt_ids_dims": [],
@@ -56,7 +56,7 @@ def flux(stack: str = "double") -> Family:
     double = ("img_attn.qkv", "img_mlp.0", "txt_attn.proj", "img_mod.lin")
     single = ("linear1[0:32/160]", "linear1[64:160/160]", "linear2")
     return Family(
-        build(config), torch.zeros(1, 4, 8, 8), conditioning(12, 8), f"{stack}_blocks.", 2,
+        build(config), torch.zeros(1, channels, 8, 8), conditioning(12, 8), f"{stack}_blocks.", 2,
         double if stack == "double" else single,
     )  # fmt: skip
 

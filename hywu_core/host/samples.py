@@ -1,0 +1,206 @@
+"""Training pairs from what the host's dataset nodes give: lists of LATENT and lists of CONDITIONING."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ..condition import HIDDEN_STATES, Condition, assemble, expected_parts
+from ..config import GeneratorConfig
+from ..errors import HywuError
+from ..training.data import Sample
+from .conditions import from_host
+from .stacks import patch_size
+
+
+class DataError(HywuError):
+    """Training or evaluation pairs do not fit together."""
+
+
+class HostPairs:
+    """Pairs whose conditions were computed once. See `hywu_core.training.SampleSource`.
+
+    Args:
+        samples: the pairs.
+        instructions: pairs with an equal entry were given the same instruction.
+    """
+
+    def __init__(self, samples: Sequence[Sample], instructions: Sequence[str]):
+        self.samples, self.instructions = tuple(samples), tuple(instructions)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int, source: torch.Generator) -> Sample:
+        """The pair at an index; nothing of it is random."""
+        return self.samples[index]
+
+    def chosen(self, indices: Sequence[int]) -> HostPairs:
+        """Some of the pairs."""
+        return HostPairs([self.samples[i] for i in indices], [self.instructions[i] for i in indices])
+
+    def split(self, held_out: int) -> tuple[HostPairs, HostPairs]:
+        """Pairs to train on and `held_out` others, taken evenly from the list so that every kind of edit is among them.
+
+        Raises:
+            DataError: if fewer than two would be left to train on.
+        """
+        count = len(self)
+        if count - held_out < 2:
+            raise DataError(f"Of {count} pairs, {held_out} cannot be held out: at least 2 must be left to train on.")
+        apart = {int((place + 0.5) * count / held_out) for place in range(held_out)}
+        return self.chosen([i for i in range(count) if i not in apart]), self.chosen(sorted(apart))
+
+    def shapes(self) -> str:
+        """A digest of how many pairs of which sizes there are, by which a run knows its data again."""
+        sizes = [(tuple(s.latent.shape), tuple(s.condition.shape)) for s in self.samples]
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+
+
+class _Pair(NamedTuple):
+    latent: Tensor  # (C, ..., H, W)
+    entry: Any  # of the CONDITIONING that the base reads
+    reads: Any  # what the generator reads: a CONDITIONING of one entry, or a Condition
+
+
+def host_pairs(
+    model: comfy.model_patcher.ModelPatcher,
+    config: GeneratorConfig,
+    latents: Sequence[dict],
+    positive: Sequence[list],
+    generator_positive: Sequence[Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> HostPairs:
+    """Put lists of the host together as pairs for a generator.
+
+    Args:
+        latents: of the edited pictures, each a LATENT; a bucket of several with as many entries in its CONDITIONING is fine.
+        positive: what the base reads, each a CONDITIONING, with its reference latents. One for all is fine if the
+            generator reads others.
+        generator_positive: what the generator reads, each a CONDITIONING or a Condition; by default what the base reads.
+        progress: called with (done, total) after every condition; what it raises ends the work.
+    Raises:
+        DataError: naming the pair that does not fit.
+        ConditionError: if a condition is not what the generator reads.
+    """
+    pairs = _paired(latents, positive, generator_positive)
+    if len(pairs) < 2:
+        raise DataError(
+            f"There {'is one training pair' if pairs else 'are no training pairs'}, and with fewer than two there is "
+            "nothing for a generator to tell apart. Give more pairs; for a single one, train an ordinary LoRA."
+        )
+    samples, instructions = [], []
+    with torch.inference_mode(False), torch.no_grad():
+        for index, pair in enumerate(pairs):
+            key = f"pair {index + 1}"
+            _check(model, key, pair)
+            condition = _condition(model, config, pair.reads)
+            tokens = _own(assemble(condition, config)[0].cpu())
+            latent = _own(_as_the_base_has_it(model, pair.latent))
+            samples.append(Sample(latent, _own(pair.entry), tokens, key))
+            instructions.append(_digest(condition.parts[0].tokens))
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if progress:
+                progress(index + 1, len(pairs))
+    return HostPairs(samples, instructions)
+
+
+def _paired(latents: Sequence[dict], positive: Sequence[list], reads: Sequence[Any] | None) -> list[_Pair]:
+    pictures = [latent for value in latents for latent in value["samples"]]
+    entries = _entries("positive", latents, positive, len(pictures), one_for_all=reads is not None)
+    if reads is None:
+        return [_Pair(*both, [both[1]]) for both in zip(pictures, entries, strict=True)]
+    if any(isinstance(value, Condition) for value in reads):
+        read = list(reads)
+        _check_count("generator_positive", len(read), len(pictures))
+    else:
+        read = [[entry] for entry in _entries("generator_positive", latents, reads, len(pictures))]
+    return [_Pair(*three) for three in zip(pictures, entries, read, strict=True)]
+
+
+def _entries(
+    name: str, latents: Sequence[dict], values: Sequence[list], count: int, one_for_all: bool = False
+) -> list[Any]:
+    """The entry of each picture."""
+    if one_for_all and len(values) == 1 and len(values[0]) == 1:
+        return [values[0][0]] * count
+    _check_count(name, len(values), len(latents))
+    entries = []
+    for index, (latent, conditioning) in enumerate(zip(latents, values, strict=True)):
+        batch = len(latent["samples"])
+        if len(conditioning) != batch:
+            raise DataError(
+                f"Entry {index + 1} of the latents holds {batch} pictures, but {name} {index + 1} holds "
+                f"{len(conditioning)} entries. Give every picture an entry of its own, or use lists instead of batches."
+            )
+        entries += [entry[0] if isinstance(entry[0], (list, tuple)) else entry for entry in conditioning]
+    return entries
+
+
+def _check_count(name: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise DataError(
+            f"There are {expected} latents but {found} of {name}. Every edited picture needs exactly one; make both lists "
+            "in the same order and of the same length."
+        )
+
+
+def _check(model: comfy.model_patcher.ModelPatcher, key: str, pair: _Pair) -> None:
+    tokens, options = pair.entry[0], pair.entry[1]
+    if tokens.shape[0] != 1:
+        raise DataError(f"The CONDITIONING of {key} is a batch of {tokens.shape[0]}; give lists, one for each picture.")
+    channels = model.get_model_object("latent_format").latent_channels
+    if pair.latent.ndim not in (3, 4) or pair.latent.shape[0] != channels:
+        raise DataError(
+            f"The latent of {key} has the shape {tuple(pair.latent.shape)}, but this model works on {channels} channels. "
+            "Encode the edited pictures with the VAE that belongs to the model."
+        )
+    if not torch.isfinite(pair.latent).all():
+        raise DataError(f"The latent of {key} holds NaN or infinity. Encode that picture again, in float32.")
+    side, size = patch_size(model.model), tuple(pair.latent.shape[-2:])
+    if size[0] % side or size[1] % side:
+        raise DataError(
+            f"The latent of {key} has {size[0]} x {size[1]} rows and columns, which are no multiples of the model's "
+            f"patches of {side}. Crop or scale the picture."
+        )
+    for reference in options.get("reference_latents", ())[:1]:
+        if reference.shape[0] != 1 or tuple(reference.shape[-2:]) != size:
+            raise DataError(
+                f"The edited picture of {key} has a latent of {size[0]} x {size[1]}, but its source picture (reference "
+                f"latent) is {reference.shape[0]} of {reference.shape[-2]} x {reference.shape[-1]}. Scale both pictures "
+                "of a pair to the same size."
+            )
+
+
+def _condition(model: comfy.model_patcher.ModelPatcher, config: GeneratorConfig, reads: Any) -> Condition:
+    if isinstance(reads, Condition):
+        return reads
+    looks = any(kind == HIDDEN_STATES for kind, _ in expected_parts(config))
+    return from_host(reads, model=model if looks else None)
+
+
+def _as_the_base_has_it(model: comfy.model_patcher.ModelPatcher, latent: Tensor) -> Tensor:
+    """Models of videos work on (C, T, H, W), also for single pictures."""
+    wants_time = model.get_model_object("latent_format").latent_dimensions == 3
+    return latent.unsqueeze(1) if wants_time and latent.ndim == 3 else latent
+
+
+def _own(value: Any) -> Any:
+    """The same with tensors that may take part in a backward pass: nodes get and make such that may not."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: _own(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_own(part) for part in value)
+    return value
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
