@@ -171,11 +171,12 @@ class HYWUTrainGenerator(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=0.001,
+                    default=0.0003,
                     min=0.0000001,
                     max=1.0,
                     step=0.0000001,
-                    tooltip="Reached after the warm-up; it then falls to zero along a cosine.",
+                    tooltip="Reached after the warm-up; it then falls to zero along a cosine. If the loss rises instead of "
+                    "falling, take a third of it.",
                 ),
                 io.Int.Input(
                     "warmup",

@@ -193,7 +193,8 @@ def _stack(path: str, blocks: torch.nn.ModuleList) -> Stack | None:
         return None
     first, *others = (_linears(block) for block in blocks)
     shared = {name: shape for name, shape in first.items() if all(other.get(name) == shape for other in others)}
-    return Stack(path, len(blocks), shared) if shared else None
+    worth_it = any(_in_preset(name, ATTENTION_AND_FEED_FORWARD) for name in shared)  # not embeddings alone, as in UNets
+    return Stack(path, len(blocks), shared) if worth_it else None
 
 
 def _linears(block: torch.nn.Module) -> dict[str, tuple[int, int]]:
@@ -218,7 +219,7 @@ def _token_dim(layers: dict[str, tuple[int, int]], largest: int) -> int:
     def wasted(width: int) -> float:
         return sum(-side % width for side in sides) / sum(sides)
 
-    widths = range(max(4, largest // 4), largest + 1)
+    widths = range(max(4, min(largest // 4, *sides)), largest + 1)
     return min(widths, key=lambda width: (round(wasted(width), 2), -width))
 
 

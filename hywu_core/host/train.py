@@ -223,5 +223,6 @@ class _Run:
         return self.generator.generate(condition.to(self.patcher.load_device), dtype=PRECISIONS[self.options.precision])
 
 
-def _mean(values: list[float]) -> float | None:
-    return round(sum(values) / len(values), 6) if values else None
+def _mean(losses: list[float]) -> float | None:
+    """To as many digits as the log keeps, so that a resumed run says the same."""
+    return float(f"{sum(float(f'{loss:.6g}') for loss in losses) / len(losses):.6g}") if losses else None

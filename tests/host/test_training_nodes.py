@@ -1,12 +1,19 @@
 """What the training nodes call: generators for any model, pairs from the host's lists, runs that resume, controls."""
 
+import json
+
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from families import conditioning, flux, qwen_image, weights
+from families import FAMILIES, conditioning, flux, qwen_image, weights
 
-from hywu_core.host import conditions, generators, train
-from hywu_core.training import TrainConfig
+from hywu_core import MatchError, SaveError
+from hywu_core.errors import ConditionError, HywuError
+from hywu_core.files import open_safetensors
+from hywu_core.host import conditions, evaluate, generator_store, generators, samples, train
+from hywu_core.host.training import trainable_copy
+from hywu_core.training import TrainConfig, TrainingError
 
 PAIRS = 6
 
@@ -59,3 +66,303 @@ def test_the_loss_falls_and_neither_base_nor_generator_changes(family):
     assert trained.handle.config.hywu["training"]["pairs"] == PAIRS
     lora = generators.generate(trained.handle, conditions.from_host(positive[0]))
     assert max(float(pair.up.abs().max()) for pair in lora.pairs) > 0
+
+
+def test_one_run_or_two_with_a_pause_give_the_same_generator():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    handle = new(family, positive)
+    whole = run(family, handle, latents, positive, steps=6, name="whole", ema=0.9)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        interrupted_after(3, lambda: run(family, handle, latents, positive, steps=6, name="paused", ema=0.9))
+    again = run(family, handle, latents, positive, steps=6, name="paused", ema=0.9)
+    states = whole.handle.generator.state_dict(), again.handle.generator.state_dict()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert whole.losses["loss"][:3] == pytest.approx(again.losses["loss"][:3], rel=1e-5)
+    assert again.steps == 6 and len(again.losses["loss"]) == 6
+
+
+def interrupted_after(steps, work):
+    """Press Cancel after some steps of training."""
+    after = train._Run._after_step
+
+    def pressing(self, report):
+        if report.step + 1 == steps:
+            comfy.model_management.interrupt_current_processing()
+        after(self, report)
+
+    train._Run._after_step = pressing
+    try:
+        return work()
+    finally:
+        train._Run._after_step = after
+        comfy.model_management.interrupt_current_processing(False)
+
+
+def test_a_finished_run_of_the_same_name_is_returned_and_other_settings_are_refused(output):
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    handle = new(family, positive)
+    first = run(family, handle, latents, positive, steps=2)
+    assert (output / "output" / "hywu" / "run" / "log.csv").read_text().count("\n") == 3
+    again = run(family, handle, latents, positive, steps=2)
+    assert again.handle.fingerprint == first.handle.fingerprint
+    with pytest.raises(Exception, match="steps 2, now it is 3.*new run name"):
+        run(family, handle, latents, positive, steps=3)
+    with pytest.raises(TrainingError, match="another generator .*Use a new run name"):
+        run(family, new(family, positive, seed=1), latents, positive, steps=2)
+    with pytest.raises(TrainingError, match="another pairs .6, now 4"):
+        run(family, handle, latents[:4], positive[:4], steps=2)
+
+
+def test_averages_checkpointing_micro_batches_and_bfloat16():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    handle = new(family, positive)
+    plain = run(family, handle, latents, positive, steps=3, name="plain")
+    lean = run(family, handle, latents, positive, steps=3, name="lean", micro_batch=1, options={"checkpointing": True})
+    assert plain.losses["loss"] == pytest.approx(lean.losses["loss"], rel=1e-4)
+    averaged = run(family, handle, latents, positive, steps=3, name="averaged", ema=0.5)
+    assert averaged.handle.fingerprint != plain.handle.fingerprint
+    assert averaged.losses == plain.losses
+    half = run(family, handle, latents, positive, steps=3, name="half", options={"precision": "bfloat16"})
+    assert half.losses["loss"] == pytest.approx(plain.losses["loss"], rel=0.02)
+    assert next(half.handle.generator.parameters()).dtype == torch.float32
+
+
+def test_a_trained_generator_survives_saving_with_how_it_was_trained(output):
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    trained = run(family, new(family, positive), latents, positive, steps=2)
+    path = generator_store.save(trained.handle, "mine")
+    assert path == output / "hywu" / "mine.safetensors"
+    loaded = generators.load(path)
+    condition = conditions.from_host(positive[0])
+    made, kept = (generators.generate(handle, condition) for handle in (trained.handle, loaded))
+    assert all(
+        torch.equal(a, b) for x, y in zip(made.pairs, kept.pairs, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    assert loaded.config.hywu["base"] == "Flux"
+    assert {"steps": 2, "pairs": PAIRS, "run": "run"}.items() <= loaded.config.hywu["training"].items()
+    assert generator_store.save(trained.handle, "mine").name == "mine-2.safetensors"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "../elsewhere", "/tmp/elsewhere", "."])
+def test_names_that_lead_elsewhere_are_refused(name):
+    family = flux(channels=16)
+    with pytest.raises(SaveError, match="no name for a run"):
+        train.run_folder(name)
+    with pytest.raises(SaveError, match="no name for a generator"):
+        generator_store.save(new(family, pairs(family)[1]), name)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_pair_and_keeps_the_last_good_state(output):
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    handle = new(family, positive)
+    run(family, handle, latents, positive, steps=4, name="good")
+    ((tokens, options),) = positive[3]
+    poisoned = [*positive[:3], [[tokens * float("nan"), options]], *positive[4:]]
+    with pytest.raises(TrainingError, match=r"loss is nan in step \d, sample 'pair 4'"):
+        run(family, handle, latents, poisoned, reads=positive, steps=50, name="bad", batch=1)
+    state = output / "output" / "hywu" / "bad" / "state.safetensors"
+    if state.exists():  # unless it was the first pair
+        with open_safetensors(state, HywuError) as handle:
+            assert all(torch.isfinite(handle.get_tensor(name)).all() for name in handle.keys())
+
+
+def test_validation_measures_held_out_pairs_and_draws_them(output):
+    class PixelsAreLatents:
+        def decode(self, latent):
+            return latent.movedim(1, -1)[..., :3].sigmoid()
+
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    options = {"validate_every": 2, "held_out": 2, "vae": PixelsAreLatents()}
+    trained = run(family, new(family, positive), latents, positive, steps=4, options=options, ema=0.9)
+    folder = output / "output" / "hywu" / "run"
+    assert trained.handle.config.hywu["training"]["pairs"] == PAIRS - 2
+    assert (folder / "validation.csv").read_text().count("\n") == 3
+    assert sorted(path.name for path in folder.glob("*.png")) == ["step-000002.png", "step-000004.png"]
+
+
+def test_validation_changes_nothing():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    handle = new(family, positive)
+    quiet, measured = (
+        run(family, handle, latents, positive, steps=4, name=f"every{every}", ema=0.9,
+            options={"validate_every": every, "held_out": 2})
+        for every in (0, 1)
+    )  # fmt: skip
+    assert quiet.handle.generator.state_dict().keys() == measured.handle.generator.state_dict().keys()
+    for name, tensor in quiet.handle.generator.state_dict().items():
+        assert torch.equal(tensor, measured.handle.generator.state_dict()[name])
+
+
+def wrong_pairs(family):
+    """{what is wrong: (latents, positive, generator_positive, words of the error)}."""
+    latents, positive = pairs(family)
+    ((tokens, options),) = positive[1]
+    other = [[tokens, options | {"reference_latents": [torch.zeros(1, 16, 4, 8)]}]]
+    odd = [{"samples": torch.zeros(1, 16, 7, 8)}, *latents[1:]]
+    return {
+        "none": ([], [], None, "no training pairs"),
+        "one": (latents[:1], positive[:1], None, "one training pair"),
+        "fewer conditionings": (latents, positive[:4], None, "6 latents but 4 of positive"),
+        "fewer for the generator": (latents, positive, positive[:2], "6 latents but 2 of generator_positive"),
+        "a batch without entries": (
+            [{"samples": torch.zeros(3, 16, 8, 8)}] * 2, positive[:2], None, "holds 3 pictures, but positive 1 holds 1"),
+        "another size than its source": (latents, [positive[0], other, *positive[2:]], None, "pair 2 has a latent of 8 x 8"),
+        "an odd size": (odd, positive, None, "of pair 1 has 7 x 8 rows and columns, which are no multiples"),
+        "another VAE": ([{"samples": torch.zeros(1, 4, 8, 8)}] * 6, positive, None, "works on 16 channels"),
+        "not finite": ([{"samples": v["samples"] / 0} for v in latents], positive, None, "NaN or infinity"),
+        "a batched conditioning": (
+            latents, [[[tokens.expand(2, -1, -1), options]], *positive[1:]], None, "batch of 2"),
+    }  # fmt: skip
+
+
+def test_wrong_pairs_are_one_clear_error_each():
+    family = flux(channels=16)
+    handle = new(family, pairs(family)[1])
+    for what, (latents, positive, reads, words) in wrong_pairs(family).items():
+        with pytest.raises(samples.DataError, match=words):
+            run(family, handle, latents, positive, reads)
+        assert what
+
+
+def test_other_bad_input_is_one_clear_error():
+    family, other = flux(channels=16), qwen_image()
+    latents, positive = pairs(family)
+    handle = new(family, positive)
+    with pytest.raises(samples.DataError, match="5 cannot be held out: at least 2"):
+        run(family, handle, latents, positive, options={"held_out": 5})
+    with pytest.raises(MatchError, match="None of the LoRA's"):
+        run(other, handle, *pairs(other))
+    instruction_only = [[[tokens, {}]] for ((tokens, _),) in positive]
+    with pytest.raises(ConditionError, match="reads conditioning .* reference_latent"):
+        run(family, handle, latents, positive, instruction_only)
+
+
+def test_buckets_and_one_conditioning_for_all():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    config = new(family, positive).config
+    apart = samples.host_pairs(family.model, config, latents, positive)
+    bucket = [{"samples": torch.cat([value["samples"] for value in latents])}]
+    together = samples.host_pairs(family.model, config, bucket, [[entry for (entry,) in positive]])
+    blind = samples.host_pairs(family.model, config, latents, [positive[0]], positive)
+    for one, two, three in zip(apart.samples, together.samples, blind.samples, strict=True):
+        assert torch.equal(one.latent, two.latent) and torch.equal(one.condition, two.condition)
+        assert torch.equal(one.condition, three.condition)
+        assert torch.equal(three.conditioning[0], positive[0][0][0])
+    assert len(set(apart.instructions)) == 2
+
+
+def test_pairs_may_have_sizes_of_their_own():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    ((tokens, options),) = positive[0]
+    latents[0] = {"samples": torch.randn(1, 16, 4, 12)}
+    positive[0] = [[tokens, options | {"reference_latents": [torch.randn(1, 16, 4, 12)]}]]
+    trained = run(family, new(family, positive), latents, positive, steps=3, batch=6)
+    assert all(loss == loss for loss in trained.losses["loss"])
+
+
+def test_the_generator_in_training_may_be_made_in_inference_mode():
+    """As nodes run in."""
+    family = flux(channels=16)
+    with torch.inference_mode():
+        latents, positive = pairs(family)
+        handle = new(family, positive)
+        trained = run(family, handle, latents, positive, steps=2)
+        lora = generators.generate(trained.handle, conditions.from_host(positive[0]))
+    assert torch.isfinite(lora.pairs[0].down).all()
+
+
+def test_evaluation_tells_a_generator_that_reads_from_one_that_does_not():
+    family = flux(channels=16)
+    latents, positive = pairs(family, 12)
+    blind = [[[torch.zeros_like(tokens), options]] for ((tokens, options),) in positive]
+    trained = run(family, new(family, positive), latents, blind, positive, steps=60)
+    image, table = evaluate.evaluate_generator(family.model, trained.handle, latents, blind, positive)
+    rows = {line.split("\t")[0]: line.split("\t")[1:] for line in table.splitlines()}
+    assert len(rows["matched"]) == len(evaluate.LEVELS) + 1
+    assert float(rows["than shuffled"][1]) > 0  # the interval's lower end
+    assert float(rows["than averaged"][1]) > 0
+    assert image.ndim == 4 and image.shape[-1] == 3 and 0 <= float(image.min()) and float(image.max()) <= 1
+    fresh = new(family, positive)
+    objective = evaluate.DiffusionObjective(family.model)
+    found = evaluate.evaluate(objective, fresh, samples.host_pairs(family.model, fresh.config, latents, positive))
+    assert all(torch.equal(losses, found.losses["base"]) for losses in found.losses.values())  # its LoRAs are zero
+
+
+def test_shuffled_pairs_have_another_instruction_where_there_is_one():
+    apart = evaluate.partners(["a", "b", "a", "b", "b"], seed=3)
+    assert all("ababb"[i] != "ababb"[other] for i, other in enumerate(apart))
+    assert all(i != other for i, other in enumerate(evaluate.partners(["a"] * 4, seed=3)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_of_the_base(name):
+    family = FAMILIES[name]() if not name.startswith("flux") else flux(channels=16)
+    ((tokens, options),) = family.conditioning
+    entry = [[tokens, options | {"reference_latents": [torch.randn(family.latent.shape)]}]]
+    before = weights(family.model)
+    seen = conditions.hidden_states(family.model, entry)
+    assert seen.ndim == 3 and seen.shape[0] == 1 and torch.isfinite(seen).all()
+    assert torch.equal(seen, conditions.hidden_states(family.model, entry))
+    other = [[tokens, options | {"reference_latents": [torch.randn(family.latent.shape)]}]]
+    assert not torch.equal(seen, conditions.hidden_states(family.model, other))
+    assert not [m for m in family.model.model.diffusion_model.modules() if m._forward_hooks]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(family.model).items())
+
+
+def test_hidden_states_are_the_last_blocks_streams_side_by_side():
+    family = qwen_image()
+    ((tokens, options),) = family.conditioning
+    entry = [[tokens, options | {"reference_latents": [torch.randn(family.latent.shape)]}]]
+    text, pictures = tokens.shape[1], 2 * 4 * 4  # the noisy picture and its reference, in patches of 2
+    assert conditions.hidden_states(family.model, entry).shape == (1, text + pictures, 32)
+
+
+def test_hooks_are_removed_after_an_error():
+    family = flux(channels=16)
+    ((tokens, options),) = family.conditioning
+    entry = [[tokens[..., :-1], options | {"reference_latents": [family.latent]}]]  # of another text encoder
+    with pytest.raises(RuntimeError):
+        conditions.hidden_states(family.model, entry)
+    assert not [m for m in family.model.model.diffusion_model.modules() if m._forward_hooks]
+    with pytest.raises(ConditionError, match="no reference latent"):
+        conditions.hidden_states(family.model, family.conditioning)
+
+
+def test_a_generator_reads_the_hidden_states_that_training_computed():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    handle = new(family, positive, source="hidden states of the base")
+    assert [part["kind"] for part in handle.config.hywu["condition"]] == ["hidden_states"]
+    trained = run(family, handle, latents, positive, steps=2)
+    condition = conditions.from_host(positive[0], model=family.model)
+    assert generators.generate(trained.handle, condition).batch == 1
+    with pytest.raises(ConditionError, match="reads hidden_states"):
+        generators.generate(trained.handle, conditions.from_host(positive[0]))
+
+
+def test_a_deep_copy_is_made_where_weights_came_from_inference_mode():
+    """What loaders in nodes give; the copy is what is trained on, and the MODEL given stays."""
+    from hywu_core.bases.pocket import load_pocket_editor
+
+    with torch.inference_mode():
+        model, _, _ = load_pocket_editor()
+    copy = trainable_copy(model)
+    assert copy.model is not model.model
+    assert not any(parameter.is_inference() for parameter in copy.model.parameters())
+
+
+def test_what_a_run_is_about_is_written_down(output):
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    run(family, new(family, positive), latents, positive, steps=1)
+    about = json.loads((output / "output" / "hywu" / "run" / "run.json").read_text())
+    assert about["pairs"] == PAIRS and about["precision"] == "float32"
