@@ -51,9 +51,11 @@ class Recipe(NamedTuple):
     shared: tuple[Phase, ...]
 
 
-BASE = (
+BASE = (  # small and larger pictures in turn, so that neither is forgotten
     Phase(32, TrainConfig(steps=3000, batch=16, learning_rate=1e-3, warmup=100, ema=0.995)),
     Phase(64, TrainConfig(steps=300, batch=8, learning_rate=3e-4, warmup=30, ema=0.98)),
+    Phase(32, TrainConfig(steps=1000, batch=16, learning_rate=7e-4, warmup=50, ema=0.99)),
+    Phase(64, TrainConfig(steps=100, batch=8, learning_rate=1e-4, warmup=10, ema=0.95)),
 )
 
 
@@ -135,12 +137,12 @@ def run_phases(
     """Train phase after phase, each resumed if it was begun. The trainable ends with the averaged weights."""
     objective.prepare()
     clip = pocket.load_text_encoder(pocket.pocket_files().text)
-    for size, how in parts:
+    for index, (size, how) in enumerate(parts):
         composed, names = pictures.compose("train", size, VARIANTS, seed)
         config = None if isinstance(trainable, FullFineTuning) else methods.generator_config()
         task = EditingTask(clip, composed, names, edits, config, regime)
         trainer = Trainer(trainable, objective, task, replace(how, seed=seed))
-        state = work / f"{name}{size}.safetensors"
+        state = work / f"{name}-{index}.safetensors"
         if state.exists():
             trainer.resume(state)
         if trainer.done < how.steps:

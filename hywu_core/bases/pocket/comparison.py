@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Trained(NamedTuple):
 
 def task_of(run: Run, split: str, size: int = SIZE, variants: int = 1) -> EditingTask:
     """The run's pairs over the pictures of a split."""
-    pictures, names = compose(split, size, variants)
+    pictures, names = _composed(split, size, variants)
     clip = load_text_encoder(pocket_files().text)
     return EditingTask(clip, pictures, names, SUITES[run.suite], generator_config(), run.regime)
 
@@ -107,6 +108,11 @@ def geometry(trained: Trained, task: EditingTask, cases: list) -> dict[str, Any]
     groups = [case.edit for case in cases]
     raw, free = separation(cosines(products), groups), separation(cosines(centred(products)), groups)
     return {"raw": raw._asdict(), "centred": free._asdict()}
+
+
+@lru_cache(maxsize=4)  # the same for every run of a process
+def _composed(split: str, size: int, variants: int) -> tuple[Tensor, list[str]]:
+    return compose(split, size, variants)
 
 
 def _scores(trained: Trained, task: EditingTask, cases: list, controls: bool) -> dict[str, Tensor]:

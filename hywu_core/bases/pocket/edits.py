@@ -139,9 +139,9 @@ SUITES: dict[str, tuple[Edit, ...]] = {
     "all": (*SIXTEEN, *INSTANCE),
 }
 
-# What the base itself learns: none of the edits above, so that they are new to it.
+# What the base itself learns: none of the edits above, so that they are new to it. Told nothing, it copies.
 BASE_EDITS = (
-    Edit("copy", lambda x: x, ("keep the picture", "copy it", "leave the image as it is")),
+    Edit("copy", lambda x: x, ("", "keep the picture", "copy it", "leave the image as it is")),
     Edit("swap", lambda x: x.flip(1), ("swap red and blue", "change red to blue", "red and blue swapped")),
     Edit("mirror", lambda x: x.flip(3), ("mirror the picture", "flip it horizontal", "mirrored left and right")),
     Edit("flip", lambda x: x.flip(2), ("turn it upside down", "flip it vertical", "flipped up and down")),
