@@ -12,6 +12,7 @@ from typing import Any
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
+import comfy.quant_ops
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -61,7 +62,7 @@ class DiffusionObjective:
     ):
         self.patcher = trainable_copy(patcher)
         self.checkpoint_stack, self.train_base = checkpoint_stack, train_base
-        _refuse_quantised(self.base)
+        refuse_quantised(self.base)
 
     @property
     def base(self) -> Any:
@@ -240,9 +241,13 @@ def _reference_sizes(entry: Any) -> tuple:
     return tuple(tuple(latent.shape) for latent in entry[1].get("reference_latents", ()))
 
 
-def _refuse_quantised(base: Any) -> None:
+def refuse_quantised(base: Any) -> None:
+    """Raises:
+    MatchError: if the base is quantised, so that no gradient can pass through it.
+    """
     for name, parameter in base.diffusion_model.named_parameters():
-        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+        narrow = not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2
+        if narrow or isinstance(parameter.data, comfy.quant_ops.QuantizedTensor):  # those claim the type they stand for
             raise MatchError(
                 f"{name} is quantised ({parameter.dtype}), and no gradient passes through it. Train on a float32, "
                 "bfloat16 or float16 version of this base; the generator can then be used with the quantised one."

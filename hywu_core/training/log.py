@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .trainer import StepReport
 
-LOG, STATE, BOARD = "log.csv", "state.safetensors", "tensorboard"  # files of a run's folder
-COLUMNS = ("step", "loss", "rate", "gradient_norm")
+LOG, VALIDATION, STATE, BOARD = "log.csv", "validation.csv", "state.safetensors", "tensorboard"  # of a run's folder
+COLUMNS, VALIDATION_COLUMNS = ("step", "loss", "rate", "gradient_norm"), ("step", "loss")
 
 
 class RunLog:
@@ -23,16 +23,16 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, done: int = 0):
-        self.path = Path(folder) / LOG
+        self.path, self._validation = Path(folder) / LOG, Path(folder) / VALIDATION
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.losses = self._keep(done)  # one for each step
+        self.losses = [float(row["loss"]) for row in _keep(self.path, COLUMNS, done)]  # one for each step
+        _keep(self._validation, VALIDATION_COLUMNS, done)
         self._board = _board(Path(folder) / BOARD, done)
 
     def step(self, report: StepReport) -> None:
         """Add a step."""
         self.losses.append(report.loss)
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([report.step, *(f"{value:.6g}" for value in report[1:])])
+        _add(self.path, report)
         self.values(report.step, dict(zip(COLUMNS[1:], report[1:], strict=True)))
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
@@ -41,16 +41,28 @@ class RunLog:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def _keep(self, done: int) -> list[float]:
-        rows = []
-        if self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < done]
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        return [float(row["loss"]) for row in rows]
+    def validation(self, step: int, loss: float) -> None:
+        """Add the loss on held-out pairs after a step."""
+        _add(self._validation, (step, loss))
+        self.values(step, {"validation_loss": loss})
+
+
+def _add(path: Path, row: Sequence[float]) -> None:
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
+
+
+def _keep(path: Path, columns: Sequence[str], done: int) -> list[dict[str, str]]:
+    """Write a file anew with its heading and the rows of the steps that are done, and return those."""
+    rows = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < done]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
 
 
 def _board(folder: Path, done: int) -> Any:

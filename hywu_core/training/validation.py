@@ -1,0 +1,47 @@
+"""The loss on pairs that are not trained on, with the same noise every time, so that only the generator makes it move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .data import SampleSource, batch_of
+from .trainer import Trainer
+
+
+def validation_loss(trainer: Trainer, held_out: SampleSource, limit: int, seed: int = 0) -> float:
+    """Mean loss over at most `limit` held-out pairs, always the same ones, shared out among the processes. Averaged weights
+    are used where the run has them.
+
+    The trainer's objective must have `evaluate(lora, draws)`, as `hywu_core.host.training.DiffusionObjective` does.
+    """
+    communication, count = trainer.communication, min(limit, len(held_out))
+    first, last = (count * rank // communication.processes for rank in (communication.rank, communication.rank + 1))
+    size = trainer.config.micro_batch or max(1, trainer.config.batch // communication.processes)
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), averaged_weights(trainer):
+        for start in range(first, last, size):
+            draws = batch_of(held_out, seed, 0, count, slice(start, min(start + size, last)))
+            lora = trainer.trainable.lora([draw.sample for draw in draws])
+            total += trainer.objective.evaluate(lora, draws).double().sum()
+    communication.average([total])  # a mean of sums: times the processes it is the sum
+    return float(total) * communication.processes / count
+
+
+@contextmanager
+def averaged_weights(trainer: Trainer) -> Iterator[None]:
+    """The run's averaged weights in the parameters' place, for the time of the block."""
+    kept = {name: trainer.parameters[name].detach().clone() for name in trainer.averaged}
+    try:
+        _copy(trainer, trainer.averaged)
+        yield
+    finally:
+        _copy(trainer, kept)
+
+
+def _copy(trainer: Trainer, values: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            trainer.parameters[name].copy_(value)

@@ -1,0 +1,156 @@
+"""Memory and time of one training step: gradient checkpointing, micro-batches, two-stage backward against one graph.
+
+Base and generator are random, see `build`. Each variant runs in processes of its own, so that its peak is its own: the peak
+resident size during a step, above what is resident before it (weights, libraries, optimizer).
+Run: .venv/bin/python scripts/bench_training.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+VARIANTS = {  # name -> (checkpoint the base, checkpoint the generator, micro-batch, one graph)
+    "one graph": (False, False, 0, True),
+    "plain": (False, False, 0, False),
+    "base checkpointed": (True, False, 0, False),
+    "generator checkpointed": (False, True, 0, False),
+    "both checkpointed": (True, True, 0, False),
+    "micro-batch of 1": (False, False, 1, False),
+    "both, micro-batch of 1": (True, True, 1, False),
+}
+BATCH, SIZE, STEPS = 4, 48, 3
+MAPPED = (
+    65536  # bytes from which the allocator gives memory back to the system at once, so that the peak is what is in use
+)
+
+
+def build(base_again: bool, generator_again: bool, micro_batch: int):
+    """A trainer of everything real but the data and the weights."""
+    from in_host import enter_host
+
+    enter_host()
+    import torch
+
+    from hywu_core import Generator, GeneratorConfig
+    from hywu_core.bases.pocket import EditorConfig, build_editor
+    from hywu_core.host.training import DiffusionObjective
+    from hywu_core.training import GeneratorTrainable, TrainConfig, Trainer
+
+    base = EditorConfig(width=256, heads=8, depth=6)
+    layers = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
+    config = GeneratorConfig(
+        d_model=192, head_dim=32, num_pg_layers=4, input_dim=64, output_dim=128, token_dim=128, rank=8, alpha=16,
+        num_base_model_layers=base.depth, dim_accumulation=2, prefix="double_blocks.",
+        pg_mapping={n: {"lora_A_dim": base.width * i, "lora_B_dim": base.width * o} for n, (i, o) in layers.items()},
+    )  # fmt: skip
+    generator = Generator(config, dtype=torch.float32).initialize()
+    generator.checkpoint_blocks = generator_again
+    objective = DiffusionObjective(build_editor(base), "double_blocks" if base_again else None)
+    objective.prepare()
+    how = TrainConfig(steps=100, batch=BATCH, micro_batch=micro_batch)
+    return Trainer(GeneratorTrainable(generator), objective, RandomPairs(), how)
+
+
+class RandomPairs:
+    """Random pictures and words."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def sample(self, index: int, source):
+        """A pair drawn from `source`."""
+        import torch
+
+        from hywu_core.training import Sample
+
+        latent, picture = (torch.randn(3, SIZE, SIZE, generator=source) for _ in range(2))
+        words = torch.randn(1, 16, 64, generator=source)
+        options = {"pooled_output": torch.randn(1, 64, generator=source), "reference_latents": [picture.unsqueeze(0)]}
+        return Sample(latent, [words, options], words[0])
+
+
+def one_graph(trainer) -> None:
+    """The gradient without a cut between generator and base: no micro-batches are possible then."""
+    draws = trainer._draws()
+    trainer.optimizer.zero_grad()
+    lora = trainer.trainable.lora([draw.sample for draw in draws])
+    trainer.objective.backward(lora, draws, 1 / len(draws))
+    trainer.optimizer.step()
+    trainer.done += 1
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    with open("/proc/self/statm") as handle:
+        return int(handle.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+class Peak:
+    """The largest resident size while the block runs, looked at every millisecond."""
+
+    def __enter__(self):
+        self.bytes, self._over = resident(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.001):
+            self.bytes = max(self.bytes, resident())
+
+
+def measure(variant: str, timed: bool) -> dict[str, float]:
+    """Run one variant in this process, for its time or for its memory."""
+    base_again, generator_again, micro_batch, whole = VARIANTS[variant]
+    trainer = build(base_again, generator_again, micro_batch)
+    step = (lambda: one_graph(trainer)) if whole else trainer.step
+    step()  # the optimizer's moments come to be
+    trainer.optimizer.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)
+    before, seconds = resident(), []
+    with Peak() as peak:
+        step()
+    for _ in range(STEPS if timed else 0):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds)} if timed else {"bytes": peak.bytes - before}
+
+
+def apart(variant: str, kind: str) -> dict[str, float]:
+    """`measure` in a process of its own. The allocator that makes peaks exact costs time, so time is taken without it."""
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(MAPPED)} if kind == "memory" else {})
+    command = [sys.executable, str(Path(__file__).resolve()), variant, kind]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """The table, or one variant of it."""
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1], sys.argv[2] == "time")))
+        return
+    results = {variant: apart(variant, "memory") | apart(variant, "time") for variant in VARIANTS}
+    plain = results["plain"]
+    print(f"{'variant':24} {'peak MiB':>9} {'ratio':>6} {'seconds':>8} {'ratio':>6}")
+    for variant, found in results.items():
+        print(
+            f"{variant:24} {found['bytes'] / 2**20:9.0f} {found['bytes'] / plain['bytes']:6.2f} "
+            f"{found['seconds']:8.2f} {found['seconds'] / plain['seconds']:6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

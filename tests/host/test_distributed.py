@@ -1,0 +1,391 @@
+"""Training outside the server: scripts/train.py in one and in two processes, and what it says about bad input."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hywu_core import Generator, load_generator
+from hywu_core.bases import pocket
+from hywu_core.errors import CheckpointError, ConfigError, HywuError, MatchError
+from hywu_core.host import base_files
+from hywu_core.host.pairs import Encoders, PairError, hold_out, read_pairs
+from hywu_core.host.run import GENERATOR, StoppedError, train
+from hywu_core.host.stacks import StackError
+from hywu_core.training import TrainingError
+from hywu_core.training.distributed import Accelerated
+from hywu_core.training.log import LOG, STATE, VALIDATION
+from hywu_core.training.run import build_run
+
+pytest.importorskip("accelerate")
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("brighten the picture", "darken the picture", "make it vivid", "make it gray")
+
+
+def folder_of_pairs(folder, count=4, size=(16, 16)):
+    """Random pictures with their edits, and the list that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = torch.Generator().manual_seed(0)
+    lines = []
+    for index in range(count):
+        pixels = torch.randint(256, (size[1], size[0], 3), generator=source).byte()
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+        Image.fromarray((pixels // 2).numpy()).save(folder / f"{index}_edited.png")
+        lines.append({"source": f"{index}.png", "target": f"{index}_edited.png", "instruction": WORDS[index % 4]})
+    write_list(folder, lines)
+    return lines
+
+
+def write_list(folder, lines):
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+
+
+def options(tmp_path, **changes):
+    """A short run for the pocket editor on four pairs."""
+    values = {
+        "cpu": True, "pocket": True, "pairs": str(tmp_path / "pairs"), "output": str(tmp_path / "out"), "steps": 4,
+        "batch": 2, "warmup": 0, "save_every": 2, "validate_every": 2, "held_out_share": 0.25,
+    }  # fmt: skip
+    return values | changes
+
+
+def start(values, tmp_path, processes=1, rank=0, port=0):
+    """scripts/train.py as a launcher starts it, without the launcher."""
+    file = tmp_path / f"run-{rank}.json"
+    file.write_text(json.dumps(values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        environment |= {name: str(value) for name, value in (places | address).items()}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(file)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_two(values, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(values, tmp_path, 2, rank, port) for rank in (0, 1)]
+
+
+def finish(*processes):
+    """Wait for them; returns their exit codes and what they said."""
+    try:
+        said = ["".join(process.communicate(timeout=300)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+def wait_for_steps(folder, count, process):
+    """Until a run has logged that many steps."""
+    for _ in range(1000):
+        if process.poll() is not None or ((folder / LOG).exists() and len((folder / LOG).read_text().split()) > count):
+            return
+        time.sleep(0.05)
+
+
+def weights(folder):
+    return load_file(folder / GENERATOR / "model.safetensors")
+
+
+def run(tmp_path, **changes):
+    """The same in this process."""
+    return train(build_run(options(tmp_path, **changes)), Accelerated(cpu=True), say=lambda text: None)
+
+
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    values = options(tmp_path, batch=4)
+    codes, said = finish(*start_two(values | {"output": str(tmp_path / "two")}, tmp_path))
+    assert codes == [0, 0], said
+    assert "2 processes" in said[0] and not said[1].count("saved")
+    run(tmp_path, batch=4, output=str(tmp_path / "one"))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    untrained = Generator(load_generator(tmp_path / "one" / GENERATOR).config).initialize(0)
+    assert not torch.equal(one["hidden_in.weight"], untrained.hidden_in.weight)
+    for name in (LOG, VALIDATION):
+        rows = [list(csv.DictReader((tmp_path / run_name / name).open())) for run_name in ("one", "two")]
+        assert len(rows[0]) == len(rows[1]) == (4 if name == LOG else 2)
+        for row, other in zip(*rows, strict=True):
+            assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on_exactly(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    values = options(tmp_path, batch=4, steps=24, save_every=1000, validate_every=0)
+    processes = start_two(values, tmp_path)
+    wait_for_steps(tmp_path / "out", 3, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = finish(*processes)
+    assert codes == [130, 130], said
+    assert "Stopped after step" in said[0] and "goes on" in said[0]
+    assert (tmp_path / "out" / STATE).exists() and not (tmp_path / "out" / GENERATOR).exists()
+    codes, said = finish(*start_two(values, tmp_path))
+    assert codes == [0, 0], said
+    codes, said = finish(*start_two(values | {"output": str(tmp_path / "whole")}, tmp_path))
+    assert codes == [0, 0], said
+    resumed, whole = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    values = options(tmp_path, steps=40, ema=0.9, save_every=1000)
+    process = start(values, tmp_path)
+    wait_for_steps(tmp_path / "out", 3, process)
+    process.send_signal(signal.SIGINT)
+    codes, said = finish(process)
+    assert codes == [130], said
+    codes, said = finish(start(values, tmp_path))
+    assert codes == [0], said
+    run(tmp_path, steps=40, ema=0.9, output=str(tmp_path / "whole"))
+    for name in (LOG, VALIDATION):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    resumed, whole = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_stopped_run_goes_on_in_the_same_process_too(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    with pytest.raises(StoppedError, match="after step 1"):
+        train(build_run(options(tmp_path)), Accelerated(cpu=True), lambda: (tmp_path / "out" / LOG).exists(), str)
+    run(tmp_path)
+    run(tmp_path, output=str(tmp_path / "whole"))
+    resumed, whole = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_the_saved_generator_says_how_it_was_trained(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    generator = load_generator(run(tmp_path, regime="blind", checkpoint_generator=True))
+    trained = generator.config.hywu["training"]
+    assert trained["steps"] == 4 and trained["regime"] == "blind" and trained["data"].startswith("4 pairs")
+    again = load_generator(run(tmp_path, generator=str(tmp_path / "out" / GENERATOR), output=str(tmp_path / "more")))
+    assert again.config.pg_mapping == generator.config.pg_mapping
+
+
+def test_shipped_pictures_with_a_suite(tmp_path):
+    generator = load_generator(
+        run(
+            tmp_path,
+            pairs="",
+            suite="instance",
+            size=16,
+            variants=1,
+            held_out_limit=4,
+            checkpoint_stack="double_blocks",
+        )
+    )
+    assert generator.config.hywu["training"]["data"] == "shipped pictures, suite instance"
+
+
+@pytest.fixture
+def flux_files(tmp_path, monkeypatch):
+    """A small Flux as the host's own loader reads it. The text encoders and the VAE that belong to it are too large for a
+    test; the pocket editor's and pictures cut into 16 channels stand in.
+    """
+    config = families.comfy.supported_models.Flux(
+        {
+            "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "context_in_dim": 64,
+            "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
+            "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
+            "txt_ids_dims": [],
+        }
+    )  # fmt: skip
+    state = families.build(config).model.diffusion_model.state_dict()
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "flux.safetensors")
+    clip = pocket.load_pocket_editor()[1]
+    monkeypatch.setattr(base_files.comfy.sd, "load_clip", lambda files, clip_type: clip)
+    encode = staticmethod(lambda pixels: torch.nn.functional.pixel_unshuffle(pixels.movedim(-1, 1), 4)[:, :16])
+    monkeypatch.setattr(base_files, "_vae", lambda name: type("Vae", (), {"encode": encode}))
+    for name in ("clip.safetensors", "vae.safetensors"):
+        (tmp_path / name).touch()
+    return {
+        "pocket": False, "model": str(tmp_path / "flux.safetensors"), "generator": "",
+        "vae": str(tmp_path / "vae.safetensors"),
+        "text_encoders": [str(tmp_path / "clip.safetensors")], "targets": "img_attn.*", "stack": "double_blocks",
+    }  # fmt: skip
+
+
+def test_a_base_from_its_files_gets_a_new_generator(tmp_path, flux_files):
+    folder_of_pairs(tmp_path / "pairs")
+    generator = load_generator(run(tmp_path, **flux_files, rank=4))
+    assert list(generator.config.pg_mapping) == ["img_attn.qkv", "img_attn.proj"]
+    assert generator.config.hywu["training"]["base"] == "flux.safetensors"
+
+
+def test_the_hosts_own_vae_without_a_file(tmp_path):
+    pixels = torch.rand(1, 8, 8, 3)
+    found = base_files._vae(base_files.PIXEL_SPACE).encode(pixels)
+    torch.testing.assert_close(found.float(), pixels.movedim(-1, 1) * 2 - 1, atol=1e-2, rtol=0)
+
+
+def test_a_quantised_base_is_refused(tmp_path, flux_files):
+    folder_of_pairs(tmp_path / "pairs")
+    state = load_file(flux_files["model"])
+    for name in [name for name in state if name.endswith("img_attn.proj.weight")]:
+        state[name] = state[name].to(torch.float8_e4m3fn)
+        state[name.replace(".weight", ".weight_scale")] = torch.ones(())
+        text = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+        state[name.replace(".weight", ".comfy_quant")] = text
+    save_file(state, flux_files["model"])
+    with pytest.raises(MatchError, match="is quantised"):
+        run(tmp_path, **flux_files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"model": "nowhere.safetensors"}, CheckpointError, "nowhere.safetensors does not exist"),
+        ({"vae": ""}, CheckpointError, "A run needs a base"),
+        ({"clip_type": "fluxx"}, CheckpointError, "The host knows"),
+        ({"model": "README.md"}, CheckpointError, "The host cannot load"),
+        ({"targets": "no_such.*"}, StackError, "No linear layer"),
+        ({"source": "thoughts"}, ConfigError, "source must be one of"),
+        ({"generator": "nowhere.json"}, ConfigError, "nowhere.json cannot be read"),
+        ({"pairs": ""}, ConfigError, "nothing to train on"),
+    ],
+)
+def test_bad_bases_and_generators(tmp_path, flux_files, changes, error, said):
+    folder_of_pairs(tmp_path / "pairs")
+    with pytest.raises(error, match=said):
+        run(tmp_path, **flux_files | changes)
+
+
+def test_a_generator_for_another_base(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    config = families.generator_config(families.flux("single"))
+    (tmp_path / "config.json").write_text(config.to_json())
+    with pytest.raises(HywuError, match="None of the LoRA's 6 targets is in this model"):
+        run(tmp_path, generator=str(tmp_path / "config.json"))
+
+
+def spoil_nothing(folder, lines):
+    (folder / "pairs.jsonl").unlink()
+
+
+def spoil_all_lines(folder, lines):
+    write_list(folder, [])
+
+
+def spoil_all_but_one(folder, lines):
+    write_list(folder, lines[:1])
+
+
+def spoil_picture(folder, lines):
+    (folder / "2.png").write_bytes(b"not a picture")
+
+
+def spoil_end_of_picture(folder, lines):
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[: len(whole) // 2])
+
+
+def spoil_size(folder, lines):
+    Image.new("RGB", (24, 16)).save(folder / "2_edited.png")
+
+
+def spoil_file(folder, lines):
+    (folder / "2_edited.png").unlink()
+
+
+def spoil_line(folder, lines):
+    (folder / "pairs.jsonl").write_text('{"source": "0.png"\n')
+
+
+def spoil_column(folder, lines):
+    del lines[1]["instruction"]
+    write_list(folder, lines)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_nothing, "has neither pairs.jsonl nor pairs.csv"),
+        (spoil_all_lines, "names no pairs"),
+        (spoil_all_but_one, "names one pair"),
+        (spoil_picture, "2.png cannot be read as a picture"),
+        (spoil_end_of_picture, "2.png cannot be read as a picture"),
+        (spoil_size, "line 3: 2.png has 16 x 16 pixels, but 2_edited.png has 24 x 16"),
+        (spoil_file, "line 3: .*2_edited.png does not exist"),
+        (spoil_line, "line 1: not valid JSON"),
+        (spoil_column, "line 2: instruction is missing or empty"),
+    ],
+)
+def test_bad_pairs_are_one_clear_error(tmp_path, spoil, said):
+    lines = folder_of_pairs(tmp_path / "pairs")
+    spoil(tmp_path / "pairs", lines)
+    with pytest.raises(PairError, match=said):
+        run(tmp_path)
+
+
+def test_pairs_from_a_table_with_other_sizes(tmp_path):
+    folder = tmp_path / "pairs"
+    lines = folder_of_pairs(folder)
+    (folder / "pairs.jsonl").unlink()
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(lines)
+    Image.new("RGB", (32, 32)).save(folder / "2_edited.png")
+    with pytest.raises(PairError, match=r"pairs.csv, line 4.*--size"):
+        read_pairs(folder)
+    assert [pair.instruction for pair in read_pairs(folder, size=16)] == list(WORDS)
+
+
+def test_whole_pictures_are_held_out(tmp_path):
+    lines = folder_of_pairs(tmp_path / "pairs")
+    write_list(tmp_path / "pairs", [*lines, *({**line, "instruction": "again"} for line in lines)])
+    train_pairs, held_out = hold_out(read_pairs(tmp_path / "pairs"), 0.25)
+    assert (len(train_pairs), len(held_out)) == (6, 2)
+    assert not {pair.source for pair in train_pairs} & {pair.source for pair in held_out}
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path):
+    lines = folder_of_pairs(tmp_path / "pairs")
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="with steps 4, now it is 8"):
+        run(tmp_path, steps=8)
+    write_list(tmp_path / "pairs", lines[::-1])
+    with pytest.raises(ConfigError, match="with data '4 pairs"):
+        run(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    with pytest.raises(TrainingError, match="in step"):
+        run(tmp_path, learning_rate=1e30, clip=0.0)
+    state = load_file(tmp_path / "out" / STATE)
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_a_text_encoder_that_gives_what_no_file_holds(tmp_path, monkeypatch):
+    folder_of_pairs(tmp_path / "pairs")
+    clip = type(
+        "Clip", (), {"tokenize": lambda *a, **k: 0, "encode_from_tokens": lambda *a, **k: {"hooks": object()}}
+    )()
+    encoders = Encoders(clip, pocket.load_pocket_editor()[2])
+    monkeypatch.setattr("hywu_core.host.run._pocket_encoders", lambda: encoders)
+    with pytest.raises(PairError, match="hooks as object, which cannot be kept"):
+        run(tmp_path)
+
+
+def test_without_accelerate_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(HywuError, match="pip install accelerate"):
+        Accelerated(cpu=True)
