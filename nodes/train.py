@@ -102,7 +102,7 @@ class HYWUNewGenerator(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Of the first weights. Keep it fixed, so that a run can be resumed.",
                 ),
                 io.String.Input(
@@ -240,7 +240,7 @@ class HYWUTrainGenerator(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0x7FFFFFFFFFFFFFFF,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Of the order of the pairs, of noise and noise levels. Keep it fixed, so that a run can be "
                     "resumed.",
                 ),
@@ -336,6 +336,7 @@ class HYWUEvaluateGenerator(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0x7FFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Of the noise, the same for every control, and of who gets whose LoRA in shuffled.",
                 ),
                 _generator_positive(),

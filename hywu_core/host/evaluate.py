@@ -61,10 +61,9 @@ def evaluate_generator(
     Raises:
         DataError, ConditionError: see `host_pairs`. MatchError: see `DiffusionObjective`.
     """
+    check_fits(model.model, handle.config)
     pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
-    objective = DiffusionObjective(model)
-    check_fits(objective.base, handle.config)
-    found = evaluate(objective, handle, pairs, seed)
+    found = evaluate(DiffusionObjective(model), handle, pairs, seed)
     means = {name: values.mean(0).tolist() for name, values in found.losses.items()}
     gains = {name: tuple(found.gain(name)) for name in found.others}
     return charts.losses_by_level(found.levels, means, gains), table(found)

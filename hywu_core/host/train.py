@@ -30,7 +30,7 @@ from .evaluate import losses_of
 from .generators import GeneratorHandle
 from .previews import contact_sheet
 from .samples import HostPairs, host_pairs
-from .stacks import check_fits
+from .stacks import check_fits, find_stacks
 from .training import DiffusionObjective
 
 FOLDER = "hywu"  # below the output folder
@@ -78,6 +78,7 @@ def train(
             quantised. TrainingError: for a loss that is not finite, or a name that belongs to another run.
     """
     folder = run_folder(options.name)
+    check_fits(model.model, handle.config)
     with torch.inference_mode(False), torch.enable_grad():
         pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
         identify(folder, handle, pairs, options)
@@ -142,8 +143,8 @@ class _Run:
         self.training, self.shown = pairs, pairs
         if options.held_out:
             self.training, self.shown = pairs.split(options.held_out)
-        check_fits(model.model, handle.config)
-        self.objective = DiffusionObjective(model, handle.config.prefix.rstrip(".") if options.checkpointing else None)
+        stacks = ",".join(stack.path for stack in find_stacks(model.model))
+        self.objective = DiffusionObjective(model, stacks if options.checkpointing else None)
         self.generator = generators.trainable_copy(handle)
         self.generator.checkpoint_blocks = options.checkpointing
         self.patcher = generators.manage_training(self.generator)

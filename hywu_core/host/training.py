@@ -46,8 +46,8 @@ class DiffusionObjective:
 
     Args:
         patcher: the frozen base. It is loaded on use and left as it was found.
-        checkpoint_stack: path of the base's stack of blocks ("double_blocks"); its blocks are then computed again in the
-            backward pass instead of being remembered.
+        checkpoint_stack: path of the base's stack of blocks, or of several, separated by commas
+            ("double_blocks,single_blocks"); blocks are then computed again in the backward pass instead of being remembered.
         train_base: train the base's own parameters (full fine-tuning); else gradients reach the LoRA only. The caller owns
             the base then, and nobody else may use it.
     Raises:
@@ -137,8 +137,8 @@ class DiffusionObjective:
                 if lora is not None:
                     undo.enter_context(lora_beside(self.base, lora))
                 undo.enter_context(safe_in_place(self.base.diffusion_model))
-                if self.checkpoint_stack:
-                    undo.enter_context(checkpointed(self.base.diffusion_model, self.checkpoint_stack))
+                for stack in self.checkpoint_stack.split(",") if self.checkpoint_stack else ():
+                    undo.enter_context(checkpointed(self.base.diffusion_model, stack.strip()))
                 yield
         finally:
             comfy.model_management.in_training = before

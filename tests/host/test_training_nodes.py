@@ -1,6 +1,8 @@
 """What the training nodes call: generators for any model, pairs from the host's lists, runs that resume, controls."""
 
+import gc
 import json
+import weakref
 
 import comfy.model_management
 import folder_paths
@@ -9,6 +11,7 @@ import torch
 from families import FAMILIES, conditioning, flux, qwen_image, weights
 
 from hywu_core import MatchError, SaveError
+from hywu_core.bases.pocket import load_pocket_editor
 from hywu_core.errors import ConditionError, HywuError
 from hywu_core.files import open_safetensors
 from hywu_core.host import conditions, evaluate, generator_store, generators, samples, train
@@ -113,6 +116,20 @@ def test_a_finished_run_of_the_same_name_is_returned_and_other_settings_are_refu
         run(family, new(family, positive, seed=1), latents, positive, steps=2)
     with pytest.raises(TrainingError, match="another pairs .6, now 4"):
         run(family, handle, latents[:4], positive[:4], steps=2)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux_single"])
+def test_recomputing_the_blocks_of_any_family_changes_no_number(name):
+    family = FAMILIES[name]() if not name.startswith("flux") else flux(channels=16)
+    latents, positive = pairs(family, 2)
+    handle = new(family, positive)
+    kept, recomputed = (
+        run(family, handle, latents, positive, steps=2, batch=2, name=f"{on}", options={"checkpointing": on})
+        for on in (False, True)
+    )
+    assert recomputed.losses["loss"] == pytest.approx(kept.losses["loss"], rel=1e-4)
+    states = kept.handle.generator.state_dict(), recomputed.handle.generator.state_dict()
+    assert all(torch.allclose(tensor, states[1][key], atol=1e-4) for key, tensor in states[0].items())
 
 
 def test_averages_checkpointing_micro_batches_and_bfloat16():
@@ -244,6 +261,40 @@ def test_other_bad_input_is_one_clear_error():
         run(family, handle, latents, positive, instruction_only)
 
 
+def test_a_quantised_base_is_refused():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    handle = new(family, positive)
+    layer = family.model.model.diffusion_model.single_blocks[0].linear1
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(MatchError, match="linear1.weight is quantised"):
+        run(family, handle, latents, positive)
+
+
+def test_memory_is_given_back(monkeypatch):
+    copies = []
+
+    class Remembered(train.DiffusionObjective):
+        def __init__(self, model, stacks=None):
+            super().__init__(model, stacks)
+            copies.append(weakref.ref(self.patcher.model))
+
+    monkeypatch.setattr(train, "DiffusionObjective", Remembered)
+    monkeypatch.setattr(evaluate, "DiffusionObjective", Remembered)
+    with torch.inference_mode():
+        model, clip, vae = load_pocket_editor()
+        source = vae.encode(torch.rand(1, 16, 16, 3))
+        words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("darker", "brighter")]
+        positive = [[[entry[0], entry[1] | {"reference_latents": [source]}]] for (entry,) in words]
+        latents = [{"samples": source * 0.5}, {"samples": source}]
+        handle = generators.new_for(model, positive[0], "instruction", 0, rank=2, alpha=4.0)
+        options = train.RunOptions("memory", validate_every=1, vae=vae)
+        train.train(model, handle, latents, positive, None, TrainConfig(steps=1, batch=2), options)
+        evaluate.evaluate_generator(model, handle, latents, positive)
+    gc.collect()
+    assert len(copies) == 2 and not [copy for copy in copies if copy() is not None]
+
+
 def test_buckets_and_one_conditioning_for_all():
     family = flux(channels=16)
     latents, positive = pairs(family)
@@ -351,8 +402,6 @@ def test_a_generator_reads_the_hidden_states_that_training_computed():
 
 def test_a_deep_copy_is_made_where_weights_came_from_inference_mode():
     """What loaders in nodes give; the copy is what is trained on, and the MODEL given stays."""
-    from hywu_core.bases.pocket import load_pocket_editor
-
     with torch.inference_mode():
         model, _, _ = load_pocket_editor()
     copy = trainable_copy(model)
