@@ -99,7 +99,9 @@ def test_a_model_without_a_stack_is_one_clear_error():
 def test_wrong_names_say_what_there_is():
     family = FAMILIES["flux_double"]()
     base = family.model.model
-    with pytest.raises(stacks.StackError, match=r"no stack 'layers'. It has: double_blocks \(2 blocks\), single_blocks"):
+    with pytest.raises(
+        stacks.StackError, match=r"no stack 'layers'. It has: double_blocks \(2 blocks\), single_blocks"
+    ):
         stacks.choose_stack(base, "layers")
     with pytest.raises(stacks.StackError, match=r"matches attn\*. Its blocks have img_mod.lin, img_attn.qkv"):
         stacks.choose_targets(stacks.choose_stack(base), stacks.ALL, "attn*")
