@@ -52,10 +52,12 @@ def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn neighbouring pairs of each head of x (..., h, rows, head_dim) by the table's angles (rows, head_dim / 2)."""
-    cos, sin = table
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    turn = torch.complex(*(part.to(wide.dtype) for part in table))
+    pairs = torch.view_as_complex(
+        wide.unflatten(-1, (-1, 2)).contiguous()
+    )  # one product a pair, not four and their sums
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):

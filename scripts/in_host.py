@@ -28,3 +28,14 @@ def enter_host(host: Path | None = None, cpu: bool = True) -> None:
         import comfy.cli_args
     finally:
         sys.argv = argv
+
+
+def hurry(threads: int) -> None:
+    """Settings that make tiny models train faster on a CPU: products in bfloat16 where the processor has them, and plain
+    attention, whose backward pass is several times faster than the fused one for sequences this short.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.enable_flash_sdp(False)  # in spite of its name it decides for the CPU as well

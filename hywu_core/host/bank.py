@@ -50,8 +50,8 @@ class Adapter(torch.nn.Module):
     def add_to(self, y: Tensor, x: Tensor, strength: float, routing: Any = None) -> Tensor:
         """The layer's output with this adapter's added: y (..., out), x (..., in)."""
         with self.down.near(x) as down, self.up.near(x) as up:
+            down = down * (strength * self.scale)  # the smallest of the tensors that it could be multiplied into
             delta = grouped_delta(x, down, up, routing) if self.grouped else delta_of(x, down, up)
-        delta = delta * (strength * self.scale)
         if self.length is None:
             return y + delta
         return torch.cat(

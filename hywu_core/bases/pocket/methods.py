@@ -29,7 +29,7 @@ class Run(NamedTuple):
     method: str
     rate: float
     seed: int = 0
-    steps: int = 500
+    steps: int = 300
     batch: int = 8
 
     @property
