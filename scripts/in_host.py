@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if importlib.util.find_spec("hywu_core") is None:  # in a user's own Python; last, so that our nodes/ hides nobody's
+    sys.path.append(str(ROOT))
 
 
 def enter_host(host: Path | None = None, cpu: bool = True) -> None:

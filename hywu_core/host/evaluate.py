@@ -23,7 +23,7 @@ from . import charts, generators
 from .generators import GeneratorHandle
 from .samples import HostPairs, host_pairs
 from .stacks import check_fits
-from .training import DiffusionObjective
+from .training import DiffusionObjective, refuse_quantised
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the sampling, noise at its start
 AVERAGED = 16  # instances whose products are averaged, at most
@@ -62,6 +62,7 @@ def evaluate_generator(
         DataError, ConditionError: see `host_pairs`. MatchError: see `DiffusionObjective`.
     """
     check_fits(model.model, handle.config)
+    refuse_quantised(model.model)  # before all conditions are computed
     pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
     found = evaluate(DiffusionObjective(model), handle, pairs, seed)
     means = {name: values.mean(0).tolist() for name, values in found.losses.items()}

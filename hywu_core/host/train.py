@@ -31,7 +31,7 @@ from .generators import GeneratorHandle
 from .previews import contact_sheet
 from .samples import HostPairs, host_pairs
 from .stacks import check_fits, find_stacks
-from .training import DiffusionObjective
+from .training import DiffusionObjective, refuse_quantised
 
 FOLDER = "hywu"  # below the output folder
 IDENTITY = "run.json"  # what a resumed run must have in common with the one it goes on with
@@ -79,6 +79,7 @@ def train(
     """
     folder = run_folder(options.name)
     check_fits(model.model, handle.config)
+    refuse_quantised(model.model)  # before all conditions are computed
     with torch.inference_mode(False), torch.enable_grad():
         pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
         identify(folder, handle, pairs, options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from ..errors import SaveError
 from .trainer import StepReport
 
 LOG, VALIDATION, STATE, BOARD = "log.csv", "validation.csv", "state.safetensors", "tensorboard"  # of a run's folder
@@ -20,6 +22,8 @@ class RunLog:
     Args:
         folder: of the run; made if needed.
         done: steps that are done already.
+    Raises:
+        SaveError: here and later, if a file cannot be written.
     """
 
     def __init__(self, folder: Path, done: int = 0):
@@ -48,7 +52,7 @@ class RunLog:
 
 
 def _add(path: Path, row: Sequence[float]) -> None:
-    with open(path, "a", newline="", encoding="utf-8") as file:
+    with _opened(path, "a") as file:
         csv.writer(file).writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
 
 
@@ -56,13 +60,25 @@ def _keep(path: Path, columns: Sequence[str], done: int) -> list[dict[str, str]]
     """Write a file anew with its heading and the rows of the steps that are done, and return those."""
     rows = []
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
+        with _opened(path, "r") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) < done]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with _opened(path, "w") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     return rows
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[TextIO]:
+    try:
+        with open(path, mode, newline="", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise SaveError(
+            f"The log {path} cannot be written: {error}. The run's state is kept; make room or free the file, and start "
+            "the run again to go on."
+        ) from error
 
 
 def _board(folder: Path, done: int) -> Any:

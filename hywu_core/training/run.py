@@ -13,13 +13,8 @@ from typing import Any
 from ..errors import ConfigError
 from .config import TrainConfig
 
-FREE = {
-    "output",
-    "save_every",
-    "validate_every",
-    "held_out_limit",
-    "cpu",
-}  # what may change between the parts of one run
+# what may change between the parts of one run
+FREE = {"output", "save_every", "validate_every", "held_out_limit", "cpu"}
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -57,7 +52,7 @@ class RunConfig:
     source: str = _option("instruction and source picture", "what a new generator reads, as in New HY-WU Generator")
     encoder_layers: int = _option(1, "of a new generator, over the condition")
     pocket: bool = _option(False, "train for the pocket editor, on the pictures that ship with it")
-    suite: str = _option("eight", "edits for the pocket editor", ("eight", "sixteen", "instance"))
+    suite: str = _option("eight", "edits for the pocket editor", ("eight", "sixteen", "instance", "all"))
     variants: int = _option(4, "compositions of each picture that ships, for the pocket editor")
     dtype: str = _option("float32", "type to compute the generator in", ("float32", "bfloat16"))
     checkpoint_stack: str = _option("", 'compute this stack of the base ("double_blocks") again in the backward pass')

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hywu_core import Generator, GeneratorConfig, InstanceLora
-from hywu_core.errors import ConfigError
+from hywu_core.errors import ConfigError, SaveError
 from hywu_core.lora import cosine
 from hywu_core.training import (
     GeneratorTrainable,
@@ -304,3 +304,11 @@ def test_a_log_drops_what_is_done_again(tmp_path):
         log.step(StepReport(step, 1.0 / (step + 1), 1e-3, 0.5))
     assert RunLog(tmp_path, done=3).losses == pytest.approx([1.0, 0.5, 1 / 3], abs=1e-5)
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
+
+
+def test_a_log_that_cannot_be_written_is_a_clear_error(tmp_path):
+    log = RunLog(tmp_path)
+    log.path.unlink()
+    log.path.mkdir()
+    with pytest.raises(SaveError, match="log.csv cannot be written"):
+        log.step(StepReport(0, 1.0, 1e-3, 0.5))

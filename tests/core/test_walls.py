@@ -46,6 +46,10 @@ RELEASED = {
     "HYWUInspectLoRA",
     "HYWUCompareLoRAs",
     "HYWULoadPocketEditor",
+    "HYWUNewGenerator",
+    "HYWUTrainGenerator",
+    "HYWUSaveGenerator",
+    "HYWUEvaluateGenerator",
 }
 
 
