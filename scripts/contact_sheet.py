@@ -28,7 +28,7 @@ SHOWN = {  # held-out tile -> edit
     "cat-face/heart_eyes_cat-0": "warm",
     "photo/chelsea-3-0": "cool",
     "animal-bird/owl-0": "desaturate",
-    "food-fruit/cherries-0": "hue-forth",
+    "food-fruit/cherries-0": "brighten",
     "place-building/school-0": "darken",
     "plant-flower/sunflower-0": "blur",
 }
@@ -54,7 +54,7 @@ def main() -> int:
     generator = load_generator(ROOT / "models" / "pocket-generator.safetensors")
     shared = load_lora(pocket.WEIGHTS / "shared.safetensors").to(dtype=torch.float32)
     model, clip, _ = pocket.load_pocket_editor()
-    task = EditingTask(clip, found, names, SUITES["all"], generator.config)
+    task = EditingTask(clip, found, names, SUITES["eight"], generator.config, "blind")
     edits = [edit.name for edit in task.edits]
     cases = [Case(picture, edits.index(edit)) for picture, edit in chosen.items()]
     columns = (

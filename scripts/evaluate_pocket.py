@@ -32,7 +32,7 @@ from hywu_core.training.geometry import centred, cosines, gram, plane, separatio
 from hywu_core.training.statistics import bootstrap  # noqa: E402
 
 RESULTS = ROOT / "results" / "pocket.json"
-SUFFIXES = {"told": "", "blind": "-blind"}  # of the shipped files
+SUFFIXES = {"blind": "", "told": "-told"}  # of the shipped files
 COUNT = 128
 
 

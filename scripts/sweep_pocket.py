@@ -15,6 +15,7 @@ import multiprocessing
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from in_host import ROOT, enter_host, hurry
 
@@ -23,6 +24,13 @@ SETTINGS = ("blind-eight", "told-eight", "told-instance", "told-sixteen")
 RATES = (5e-4, 2e-3, 8e-3, 3e-2)
 SEEDS = (0, 1, 2)
 MATCHED = ("shared_x4", "full")  # given as much time as the generator took, too
+
+
+class Lengths(NamedTuple):
+    """Steps of the runs that choose a learning rate, and of those that are reported; the same for every method."""
+
+    grid: int
+    final: int
 
 
 def start_worker() -> None:
@@ -58,36 +66,44 @@ def base_of(work: Path, run) -> list[float]:
     return json.loads(record.read_text())
 
 
-def setting(name: str, steps: int, work: Path, pool) -> dict:
-    """All runs of one setting: the grid, the choice, the seeds, the compute-matched rows."""
+def compare(name: str, lengths: Lengths, work: Path, pool) -> dict:
+    """One setting: a grid of learning rates in short runs, and long runs of all seeds with the rates chosen."""
     from hywu_core.bases.pocket.methods import METHODS, Run
 
     regime, suite = name.split("-")
-    grid = [Run(regime, suite, method, rate, 0, steps) for rate in RATES for method in METHODS]
+    grid = [Run(regime, suite, method, rate, 0, lengths.grid) for rate in RATES for method in METHODS]
     validated = pool.map(partial(do, work, False), grid, chunksize=1)
     scores = {run: found["validation"] for run, found in zip(grid, validated, strict=True)}
     best = {
         method: max((run for run in grid if run.method == method and scores[run] is not None), key=scores.get)
         for method in METHODS
     }
-    chosen = [best[method]._replace(seed=seed) for seed in SEEDS for method in METHODS]
+    chosen = [best[method]._replace(seed=seed, steps=lengths.final) for seed in SEEDS for method in METHODS]
     tested = dict(zip(chosen, pool.map(partial(do, work, True), chosen, chunksize=1), strict=True))
-    took = {m: sum(tested[best[m]._replace(seed=s)]["seconds_per_step"] for s in SEEDS) for m in METHODS}
-    longer = [
-        best[method]._replace(seed=seed, steps=round(steps * max(1.0, took["generator"] / took[method])))
-        for seed in SEEDS
-        for method in (MATCHED if regime == "told" else ())  # who is told nothing does not learn more in more time
-    ]
-    matched = dict(zip(longer, pool.map(partial(do, work, True), longer, chunksize=1), strict=True))
     return {
         "base": pool.apply(base_of, (work, grid[0])),
-        "steps": steps,
+        "steps": lengths._asdict(),
         "grid": {method: {f"{run.rate:g}": scores[run] for run in grid if run.method == method} for method in METHODS},
         "rate": {method: run.rate for method, run in best.items()},
-        "seconds_per_step": {method: took[method] / len(SEEDS) for method in METHODS},
-        "methods": _by_method(tested) | {f"{m}_compute_matched": v for m, v in _by_method(matched).items()},
-        "compute_matched_steps": {run.method: run.steps for run in longer},
+        "seconds_per_step": {
+            method: sum(found["seconds_per_step"] for run, found in tested.items() if run.method == method) / len(SEEDS)
+            for method in METHODS
+        },
+        "methods": _by_method(tested),
     }
+
+
+def match_compute(name: str, setting: dict, work: Path, pool) -> dict:
+    """The same setting with rows of rivals that were given as much processor time as the generator took."""
+    from hywu_core.bases.pocket.methods import Run
+
+    regime, suite = name.split("-")
+    seconds = setting["seconds_per_step"]
+    steps = {m: round(setting["steps"]["final"] * max(1.0, seconds["generator"] / seconds[m])) for m in MATCHED}
+    longer = [Run(regime, suite, m, setting["rate"][m], seed, steps[m]) for seed in SEEDS for m in MATCHED]
+    tested = dict(zip(longer, pool.map(partial(do, work, True), longer, chunksize=1), strict=True))
+    rows = {f"{method}_compute_matched": runs for method, runs in _by_method(tested).items()}
+    return setting | {"methods": setting["methods"] | rows, "compute_matched_steps": steps}
 
 
 def _by_method(tested: dict) -> dict[str, list[dict]]:
@@ -103,28 +119,36 @@ def _write(path: Path, value) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def sweep(names: Sequence[str], steps: int, work: Path, workers: int) -> None:
-    """Setting by setting; the results file grows with each."""
+def sweep(names: Sequence[str], lengths: Lengths, work: Path, workers: int) -> None:
+    """Setting by setting, then the compute-matched rows; the results file grows with each."""
     with multiprocessing.get_context("spawn").Pool(workers, initializer=start_worker) as pool:
         for name in names:
-            found = setting(name, steps, work, pool)
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            RESULTS.parent.mkdir(exist_ok=True)
-            _write(RESULTS, results | {name: found})
-            print(f"sweep: {name} is in {RESULTS}", flush=True)
+            _keep(name, compare(name, lengths, work, pool))
+        for name in names:
+            if name.startswith("told"):  # who is told nothing does not learn more in more time
+                _keep(name, match_compute(name, json.loads(RESULTS.read_text())[name], work, pool))
+
+
+def _keep(name: str, setting: dict) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
+    _write(RESULTS, results | {name: setting})
+    print(f"sweep: {name} is in {RESULTS}", flush=True)
 
 
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--steps", type=int, default=300, help="of every run")
+    parser.add_argument("--grid-steps", type=int, default=300, help="of the runs that choose a learning rate")
+    parser.add_argument("--steps", type=int, default=600, help="of the runs that are reported")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "sweep", help="where finished runs are kept")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     enter_host()
-    sweep(arguments.settings, arguments.steps, arguments.work, arguments.workers)
+    lengths = Lengths(arguments.grid_steps, arguments.steps)
+    sweep(arguments.settings, lengths, arguments.work, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -59,17 +59,20 @@ BASE = (  # small and larger pictures in turn, so that neither is forgotten
 )
 
 
-def phases(rate: float, steps: int, larger: int) -> tuple[Phase, Phase]:
-    """The same for both kinds of adapter, but for the learning rate."""
-    small = TrainConfig(steps=steps, batch=16, learning_rate=rate, warmup=steps // 10, ema=0.99)
-    return Phase(32, small), Phase(
-        64, replace(small, steps=larger, batch=8, learning_rate=rate / 3, warmup=larger // 10)
-    )
+def phases(rate: float, *steps: int) -> tuple[Phase, ...]:
+    """Small and larger pictures in turn, each time more gently; the same for both kinds of adapter, but for the rate."""
+    found = []
+    for index, count in enumerate(steps):
+        size, batch, gentler = ((32, 16, 1), (64, 8, 3))[index % 2]
+        part = rate / gentler / (1 + index // 2)
+        how = TrainConfig(steps=count, batch=batch, learning_rate=part, warmup=count // 10, ema=0.99)
+        found.append(Phase(size, how))
+    return tuple(found)
 
 
 RECIPES = {
-    "": Recipe("told", "all", phases(2e-3, 1500, 200), phases(1e-2, 1500, 200)),
-    "-blind": Recipe("blind", "eight", phases(2e-3, 500, 100), phases(1e-2, 500, 100)),
+    "": Recipe("blind", "eight", phases(2e-3, 500, 100, 2000, 200), phases(1e-2, 500, 100)),
+    "-told": Recipe("told", "all", phases(2e-3, 1500, 200), phases(1e-2, 1500, 200)),
 }
 
 
