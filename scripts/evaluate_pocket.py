@@ -65,7 +65,7 @@ def measure(regime: str, found: torch.Tensor, names: list[str], out: Path) -> di
     edits = [edit.name for edit in task.edits]
     title = f"{len(cases)} generated LoRAs by their dW, centred ({regime})"
     figures.lora_map(plane(products).float(), groups, edits, title).save(out / f"map-{regime}.png")
-    gradients = evaluation.gradient_cosines(DiffusionObjective(model), shared, task)
+    gradients = evaluation.gradient_products(DiffusionObjective(model), shared, task)
     return {
         "psnr": {name: bootstrap(values)._asdict() for name, values in scores.items()},
         "generator_minus_shared": bootstrap(scores["matched"] - scores["shared"])._asdict(),
@@ -75,9 +75,14 @@ def measure(regime: str, found: torch.Tensor, names: list[str], out: Path) -> di
             "centred": separation(cosines(centred(products)), groups)._asdict(),
         },
         "opposite_gradient_cosine": {
-            f"{edits[i]}/{edits[i + 1]}": round(float(gradients[i, i + 1]), 3) for i in range(0, len(edits), 2)
+            "raw": _opposites(cosines(gradients), edits),
+            "centred": _opposites(cosines(centred(gradients)), edits),
         },
     }
+
+
+def _opposites(cosine: torch.Tensor, edits: list[str]) -> dict[str, float]:
+    return {f"{edits[i]}/{edits[i + 1]}": round(float(cosine[i, i + 1]), 3) for i in range(0, len(edits), 2)}
 
 
 def _mean(values: torch.Tensor, cases: list[Case], edit: int) -> float:
@@ -94,8 +99,9 @@ def show(regime: str, found: dict[str, Any]) -> None:
     raw, free = found["geometry"]["raw"], found["geometry"]["centred"]
     print(f"  cosine of dW within / across edits: {raw['within']:.2f} / {raw['across']:.2f}", end="")
     print(f"; centred {free['within']:.2f} / {free['across']:.2f}, 1-NN purity {free['purity']:.2f}")
-    values = list(found["opposite_gradient_cosine"].values())
-    print(f"  gradient cosine of opposite edits at the shared LoRA: {sum(values) / len(values):.2f}")
+    raw, free = (list(found["opposite_gradient_cosine"][kind].values()) for kind in ("raw", "centred"))
+    print(f"  gradient cosine of opposite edits at the shared LoRA: {sum(raw) / len(raw):.2f}", end="")
+    print(f"; without what all edits share {sum(free) / len(free):.2f}")
 
 
 def main() -> int:

@@ -90,7 +90,7 @@ def test(run: Run, trained: Trained) -> dict[str, Any]:
     if isinstance(trained.trainable, GeneratorTrainable):
         found["geometry"] = geometry(trained, task, cases)
     if isinstance(trained.trainable, SharedLora):
-        cosine = evaluation.gradient_cosines(trained.objective, leaves(trained.trainable.lora()), task)
+        cosine = cosines(evaluation.gradient_products(trained.objective, leaves(trained.trainable.lora()), task))
         pairs = range(0, len(task.edits), 2)
         found["opposite_gradient_cosine"] = [round(float(cosine[pair, pair + 1]), 3) for pair in pairs]
     return found

@@ -14,7 +14,6 @@ from ...host.sampling import sample
 from ...host.training import DiffusionObjective
 from ...lora import InstanceLora, LoraFactor, blend
 from ...training.data import Draw
-from ...training.geometry import cosines
 from ...training.statistics import psnr
 from ...training.trainable import leaves
 from .edits import opposite
@@ -94,10 +93,10 @@ def write_all(generator: Generator, task: EditingTask, cases: Sequence[Case]) ->
     return InstanceLora(joined, parts[0].scale, parts[0].metadata)
 
 
-def gradient_cosines(
+def gradient_products(
     objective: DiffusionObjective, lora: InstanceLora, task: EditingTask, pictures: int = 16, seed: int = 0
 ) -> Tensor:
-    """Cosines (edits, edits) between the gradients that edits send to one shared LoRA, over the same pictures and noise."""
+    """Inner products (edits, edits) of the gradients that edits send to one shared LoRA, over the same pictures and noise."""
     objective.prepare()
     rows = []
     for edit in range(len(task.edits)):
@@ -109,7 +108,7 @@ def gradient_cosines(
         objective.backward(leaf, draws, 1 / pictures)
         rows.append(torch.cat([factor.grad.flatten() for pair in leaf.pairs for factor in pair]))
     gradients = torch.stack(rows).double()
-    return cosines(gradients @ gradients.T)
+    return gradients @ gradients.T
 
 
 def chunks(cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
