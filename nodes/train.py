@@ -211,8 +211,8 @@ class HYWUTrainGenerator(io.ComfyNode):
                 io.Boolean.Input(
                     "gradient_checkpointing",
                     default=True,
-                    tooltip="Compute blocks again in the backward pass instead of remembering them: less memory, a third "
-                    "more time, the same numbers.",
+                    tooltip="Compute blocks again in the backward pass instead of remembering them: less memory, more time, "
+                    "the same numbers.",
                 ),
                 io.Int.Input(
                     "save_every",
