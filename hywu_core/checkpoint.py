@@ -9,7 +9,6 @@ Three forms are read:
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +18,12 @@ from torch import Tensor
 
 from .config import GeneratorConfig
 from .errors import CheckpointError
-from .files import PICKLE_SUFFIXES, atomic_write, open_safetensors, write_safetensors
+from .files import atomic_write, open_safetensors, write_safetensors
 from .generator import Generator
+from .shards import DTYPES, WEIGHTS_FILE, Header, folder_shards, main_dtype, read_headers, some
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 CONFIG_KEY = "hywu_config"  # of a single file's metadata
-FLOAT_TYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-SHOWN = 8  # names listed in one error
 
 
 class GeneratorFiles(NamedTuple):
@@ -55,15 +51,15 @@ def inspect_generator(path: str | Path) -> GeneratorFiles:
     """
     path = Path(path)
     if path.is_dir():
-        config, shards = _read_folder_config(path), _folder_shards(path)
+        config, shards = _read_folder_config(path), folder_shards(path)
     elif path.exists() or path.suffix:
         config, shards = _file_config(path), [path]
     else:
         raise CheckpointError(f"{path} does not exist. Expected a generator's folder or .safetensors file.")
-    found = _read_headers(shards)
+    found = read_headers(shards)
     _check_tensors(path, config, found)
     by_shard = {shard: tuple(name for name, header in found.items() if header.shard == shard) for shard in shards}
-    return GeneratorFiles(path, config, by_shard, _main_dtype(found), _fingerprint(config, by_shard))
+    return GeneratorFiles(path, config, by_shard, main_dtype(found), _fingerprint(config, by_shard))
 
 
 def load_generator(
@@ -105,12 +101,6 @@ def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | 
     return path
 
 
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: str
-    shard: Path
-
-
 def _read_folder_config(folder: Path) -> GeneratorConfig:
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -125,28 +115,6 @@ def _read_folder_config(folder: Path) -> GeneratorConfig:
     return GeneratorConfig.from_json(text, str(file))
 
 
-def _folder_shards(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            shards = [folder / name for name in sorted(set(names))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again.") from None
-        absent = [shard.name for shard in shards if not shard.is_file()]
-        if absent:
-            raise CheckpointError(f"{folder} lacks the shards {_some(absent)} that {INDEX_FILE} names. Download them.")
-        return shards
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
-    refused = f" ({_some(pickles)} would be pickles, which are refused)" if pickles else ""
-    raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{refused}. Download the weights there.")
-
-
 def _file_config(file: Path) -> GeneratorConfig:
     with open_safetensors(file, CheckpointError) as handle:
         text = (handle.metadata() or {}).get(CONFIG_KEY)
@@ -159,47 +127,20 @@ def _file_config(file: Path) -> GeneratorConfig:
     )
 
 
-def _read_headers(shards: list[Path]) -> dict[str, _Header]:
-    found: dict[str, _Header] = {}
-    for shard in shards:
-        with open_safetensors(shard, CheckpointError) as handle:
-            for name in handle.keys():
-                if name in found:
-                    raise CheckpointError(f"{name} is in both {found[name].shard.name} and {shard.name}.")
-                part = handle.get_slice(name)
-                found[name] = _Header(tuple(part.get_shape()), part.get_dtype(), shard)
-    return found
-
-
-def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, _Header]) -> None:
+def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, Header]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in Generator(config, device="meta").state_dict().items()}
     problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
     problems += [f"unexpected {name} {list(header.shape)}" for name, header in found.items() if name not in expected]
     for name, header in found.items():
         if name in expected and header.shape != expected[name]:
             problems.append(f"{name} has the shape {list(header.shape)}, expected {list(expected[name])}")
-        elif name in expected and header.dtype not in FLOAT_TYPES:
+        elif name in expected and header.dtype not in DTYPES:
             problems.append(f"{name} is stored as {header.dtype}, expected a floating-point type")
     if problems:
         raise CheckpointError(
-            f"{path} does not hold the weights that its configuration describes: {_some(problems, '; ')}. "
+            f"{path} does not hold the weights that its configuration describes: {some(problems, '; ')}. "
             "Download it again, or use the config.json that belongs to it."
         )
-
-
-def _main_dtype(found: dict[str, _Header]) -> torch.dtype:
-    names = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-    }
-    sizes: dict[str, int] = {}
-    for header in found.values():
-        sizes[header.dtype] = sizes.get(header.dtype, 0) + torch.Size(header.shape).numel()
-    return names[max(sizes, key=sizes.get)]
 
 
 def _fingerprint(config: GeneratorConfig, shards: dict[Path, tuple[str, ...]]) -> str:
@@ -212,8 +153,3 @@ def _fingerprint(config: GeneratorConfig, shards: dict[Path, tuple[str, ...]]) -
                 digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode())
                 digest.update(part[:2].contiguous().view(torch.uint8).numpy().tobytes()[:4096])
     return digest.hexdigest()[:16]
-
-
-def _some(names: list[str], separator: str = ", ") -> str:
-    rest = len(names) - SHOWN
-    return separator.join(names[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")

@@ -9,12 +9,17 @@ for each projection, and each bank runs once per forward on rows sorted by exper
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import comfy.ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+TOKENS_AT_ONCE = 4096  # of a forward; bounds what the rows of a long sequence take, while the banks stay where they are
 
 
 class Routing(NamedTuple):
@@ -24,47 +29,77 @@ class Routing(NamedTuple):
     samples: Tensor  # (rows,) which sample of the batch each row belongs to
 
 
-class ExpertBank(nn.Module, comfy.ops.CastWeightBiasOp):
-    """One projection of all experts: weight (E, out, in), no bias."""
+class Rows:
+    """How a bank runs on rows, whatever its weights are stored as."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int, device=None, dtype=None):
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (rows, in) sorted by expert -> (rows, out)."""
+        parts = x.split(routing.counts)
+        return torch.cat([self.expert_linear(rows, e) for e, rows in enumerate(parts) if rows.shape[0]])
+
+
+class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
+    """One projection of all experts, not quantised: weight (E, out, in), no bias. Used as the host's bank is."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, bias=False, device=None, dtype=None):
         super().__init__()
         self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
         empty = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.register_parameter("bias", None)
+        self._resident: Tensor | None = None
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x (rows, in) sorted by expert -> (rows, out)."""
+    @contextmanager
+    def bank_resident(self, x: Tensor) -> Iterator[None]:
+        """For the time of the block, the whole bank is where x is."""
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        self._resident = weight
         try:
-            parts = [
-                F.linear(rows, weight[expert]) for expert, rows in enumerate(x.split(routing.counts)) if rows.shape[0]
-            ]
-            return torch.cat(parts)
+            yield
         finally:
+            self._resident = None
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def expert_linear(self, x: Tensor, expert: int) -> Tensor:
+        """x (rows, in) -> (rows, out) of one expert, inside `bank_resident`."""
+        return F.linear(x, self._resident[expert])
+
+
+def make_bank(operations: Any, num_experts: int, in_features: int, out_features: int, **factory: Any) -> nn.Module:
+    """A bank of the host's own kind where its operations have one (quantised files), else a plain one."""
+    hosts = getattr(operations, "MoEExperts", None)
+    kind = ExpertBank if hosts is None else type("QuantizedExpertBank", (Rows, hosts), {})
+    return kind(num_experts, in_features, out_features, bias=False, **factory)
 
 
 class Experts(nn.Module):
     """The routed experts as two banks."""
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int, **factory: Any):
+    def __init__(self, num_experts: int, hidden: int, intermediate: int, operations: Any, **factory: Any):
         super().__init__()
-        self.gate_and_up_proj = ExpertBank(num_experts, hidden, 2 * intermediate, **factory)
-        self.down_proj = ExpertBank(num_experts, intermediate, hidden, **factory)
+        self.gate_and_up_proj = make_bank(operations, num_experts, hidden, 2 * intermediate, **factory)
+        self.down_proj = make_bank(operations, num_experts, intermediate, hidden, **factory)
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x (B, L, H), weights and chosen experts (B, L, k) -> (B, L, H)."""
-        batch, length, hidden = x.shape
+        flat, shares, experts = x.reshape(-1, x.shape[-1]), weights.flatten(0, 1), chosen.flatten(0, 1)
+        summed = torch.zeros_like(flat)
+        with self.gate_and_up_proj.bank_resident(x), self.down_proj.bank_resident(x):
+            for start in range(0, len(flat), TOKENS_AT_ONCE):
+                part = slice(start, start + TOKENS_AT_ONCE)
+                self._add(summed[part], flat[part], shares[part], experts[part], first=start, length=x.shape[1])
+        return summed.view_as(x)
+
+    def _add(self, summed: Tensor, x: Tensor, shares: Tensor, chosen: Tensor, first: int, length: int) -> None:
+        """Add what the chosen experts give to `summed` (tokens, H), for tokens `first` and on of sequences of a length."""
         k = chosen.shape[-1]
         order = torch.argsort(chosen.flatten(), stable=True)
         token = order // k
         counts = torch.bincount(chosen.flatten(), minlength=self.down_proj.num_experts).tolist()
-        routing = Routing(counts, token // length)
-        first, second = self.gate_and_up_proj(x.reshape(-1, hidden)[token], routing).chunk(2, dim=-1)
-        rows = self.down_proj(first * F.silu(second), routing) * weights.flatten()[order].unsqueeze(-1)
-        return torch.zeros_like(x).view(-1, hidden).index_add_(0, token, rows.to(x.dtype)).view_as(x)
+        routing = Routing(counts, (token + first) // length)
+        linear, gated = self.gate_and_up_proj(x[token], routing).chunk(2, dim=-1)
+        rows = self.down_proj(linear * F.silu(gated), routing) * shares.flatten()[order].unsqueeze(-1)
+        summed.index_add_(0, token, rows.to(x.dtype))
 
 
 class SharedExpert(nn.Module):
@@ -99,11 +134,20 @@ class Router(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Shared expert plus routed experts."""
 
-    def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int, operations: Any, **factory: Any):
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        num_experts: int,
+        top_k: int,
+        operations: Any,
+        shared_intermediate: int | None = None,
+        **factory: Any,
+    ):
         super().__init__()
         self.gate = Router(hidden, num_experts, top_k, operations, **factory)
-        self.shared_mlp = SharedExpert(hidden, intermediate, operations, **factory)
-        self.experts = Experts(num_experts, hidden, intermediate, **factory)
+        self.shared_mlp = SharedExpert(hidden, shared_intermediate or intermediate, operations, **factory)
+        self.experts = Experts(num_experts, hidden, intermediate, operations, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, H) -> (B, L, H)."""

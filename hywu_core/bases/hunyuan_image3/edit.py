@@ -1,0 +1,141 @@
+"""An edit request: what the node HunyuanImage-3 Edit puts into a CONDITIONING, and how pictures and text become it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import NamedTuple
+
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...errors import ConditionError
+from . import vision
+from .config import BaseConfig
+from .sequence import Grid, Request, Sequence, SequenceBuilder, SourcePicture, Start
+from .sizes import Size, buckets, fit, nearest
+from .vae import LatentVAE
+
+KEY = "hunyuan_image3"  # of a CONDITIONING's options
+MOST_PICTURES = 3
+
+
+class Encoder(NamedTuple):
+    """Everything that reads an instruction and its pictures; HYWU_HI3_ENCODER between nodes."""
+
+    builder: SequenceBuilder
+    config: BaseConfig
+    tower: comfy.model_patcher.ModelPatcher
+    tower_dtype: torch.dtype
+    vae: LatentVAE
+    system_prompt: str
+
+
+class Edit(NamedTuple):
+    """One row of guidance: the request, and its pictures as the model reads them."""
+
+    latents: tuple[Tensor, ...]  # (1, C, 1, h, w), as the autoencoder gives them
+    vision: tuple[Tensor, ...]  # (1, slots, H)
+    request: Request
+    builder: SequenceBuilder
+    config: BaseConfig
+    unconditional: bool = False
+
+    def sequence(self, grid: Grid) -> Sequence:
+        """The image pass for a latent of this grid.
+
+        Raises:
+            ConditionError: if the sequence is longer than the model's positions.
+        """
+        pixels = Size(*(side * self.config.vae.ffactor_spatial for side in grid))
+        ratio = nearest(pixels, self.config.image_base_size)
+        return self._checked(self.builder.image(self.request, ratio, grid, self.unconditional))
+
+    def ratio_sequence(self) -> Sequence:
+        """The pass that the ratio and a generator's condition come from."""
+        return self._checked(self.builder.ratio(self.request))
+
+    def reason_sequence(self, start: Start) -> Sequence:
+        """The pass that reasoning goes on from."""
+        return self._checked(self.builder.reason(self.request, start))
+
+    def _checked(self, sequence: Sequence) -> Sequence:
+        most = min(self.config.max_position_embeddings, self.config.sampling.max_length)
+        if sequence.layout.length > most:
+            raise ConditionError(
+                f"The edit takes {sequence.layout.length} tokens, but the model reads at most {most}. Use fewer pictures, "
+                "a shorter reasoning text, or a smaller size."
+            )
+        return sequence
+
+
+def make_edit(
+    encoder: Encoder,
+    prompt: str,
+    pictures: Many[Tensor],
+    reasoning: str | None = None,
+    stretch: bool = False,
+    posterior_seed: int | None = None,
+    system_prompt: str | None = None,
+) -> Edit:
+    """Encode an instruction and its source pictures; the conditional row.
+
+    Args:
+        pictures: up to 3, each (1, H, W, 3) in [0, 1].
+        reasoning: text in <think> and <recaption> tags, or None.
+        stretch: bring pictures to their bucket by stretching; otherwise they are cropped.
+        posterior_seed: draw latents from their posterior with this seed, as the reference does; None takes the mode.
+        system_prompt: another than the encoder's own.
+    Raises:
+        ConditionError: for no instruction, or too many pictures.
+    """
+    if not prompt.strip():
+        raise ConditionError("The instruction is empty. Write what is to be changed.")
+    if len(pictures) > MOST_PICTURES:
+        raise ConditionError(f"There are {len(pictures)} source pictures, but the model reads at most {MOST_PICTURES}.")
+    source = None if posterior_seed is None else torch.Generator().manual_seed(posterior_seed)
+    read = [_read_picture(encoder, picture[..., :3], stretch, source) for picture in pictures]
+    request = Request(
+        prompt,
+        tuple(facts for facts, _, _ in read),
+        reasoning,
+        encoder.system_prompt if system_prompt is None else system_prompt,
+    )
+    return Edit(
+        tuple(latent for _, latent, _ in read),
+        tuple(tokens for _, _, tokens in read),
+        request,
+        encoder.builder,
+        encoder.config,
+    )
+
+
+def to_conditioning(edit: Edit) -> list:
+    """A CONDITIONING of the host. Its tensor is a placeholder: everything is in the options."""
+    return [[torch.zeros(1, 1, 1), {KEY: edit}]]
+
+
+def from_conditioning(conditioning: list) -> Edit:
+    """The edit in a CONDITIONING.
+
+    Raises:
+        ConditionError: if there is none, or more than one.
+    """
+    found = [options[KEY] for _, options in conditioning if KEY in options]
+    if len(found) != 1 or len(conditioning) != 1:
+        raise ConditionError(
+            "This needs one CONDITIONING from the node HunyuanImage-3 Edit (its positive output), not combined with others."
+        )
+    return found[0]
+
+
+def _read_picture(
+    encoder: Encoder, picture: Tensor, stretch: bool, source: torch.Generator | None
+) -> tuple[SourcePicture, Tensor, Tensor]:
+    config, vae = encoder.config, encoder.vae
+    ratio = nearest(Size(*picture.shape[1:3]), config.image_base_size)
+    fitted = fit(picture, buckets(config.image_base_size)[ratio], stretch)
+    latent = vae.encode(fitted) if source is None else vae.sample_posterior(fitted, source)
+    pixels, patches = vision.preprocess(picture, config)
+    tokens = vision.look(encoder.tower, pixels, encoder.tower_dtype)
+    return SourcePicture(tuple(latent.shape[-2:]), patches, ratio), latent.float(), tokens

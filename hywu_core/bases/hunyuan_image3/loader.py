@@ -1,0 +1,103 @@
+"""Loading a HunyuanImage-3 folder: MODEL, VAE and encoder, each under the host's memory management."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ...shards import main_dtype
+from . import vision
+from .base_model import HostConfig, HostModel, manage
+from .edit import Encoder
+from .files import TOWER, VAE, BaseFiles, inspect_base, read_system_prompt
+from .sequence import SequenceBuilder
+from .tokenizer import Tokenizer
+from .vae import LatentVAE
+
+
+def load(folder: str | Path, weight_dtype: torch.dtype | None = None):
+    """Load a base from its folder.
+
+    Args:
+        weight_dtype: to keep unquantised weights in; None keeps what is stored where the device can use it.
+    Returns:
+        (MODEL, VAE, Encoder).
+    Raises:
+        CheckpointError: see `inspect_base`, `read_system_prompt` and `Tokenizer.read`.
+    """
+    files = inspect_base(folder)
+    tokenizer, prompt = Tokenizer.read(files.folder, files.config), read_system_prompt(files.folder)
+    if files.config.distilled:
+        logging.warning(
+            "HY-WU: %s is Instruct-Distil. The released generator was trained for Instruct; with Distil it is experimental.",
+            files.folder.name,
+        )
+    model = load_model(files.folder, weight_dtype)
+    vae = LatentVAE(files.part(VAE, strip=VAE), files.config.vae)
+    builder = SequenceBuilder(
+        tokenizer, files.config.max_num_patches, files.config.distilled, files.config.sampling.drop_think
+    )
+    tower, dtype = load_tower(files, weight_dtype)
+    return model, vae, Encoder(builder, files.config, tower, dtype, vae, prompt)
+
+
+def load_model(folder: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """The diffusion model alone, as a MODEL that the host can load again by itself."""
+    files = inspect_base(folder)
+    device, management = comfy.model_management.get_torch_device(), comfy.model_management
+    host = HostConfig(files.config)
+    stored = weight_dtype or main_dtype({n: h for n, h in files.headers.items() if n.startswith("model.")})
+    supported = host.supported_inference_dtypes
+    parameters = sum(torch.Size(header.shape).numel() for header in files.headers.values())
+    if files.quantised:
+        host.quant_config = {"mixed_ops": True}
+        dtype, cast = management.unet_dtype(device, parameters, supported), None
+    else:
+        dtype = weight_dtype or management.unet_dtype(device, parameters, supported, stored)
+        cast = management.unet_manual_cast(dtype, device, supported)
+    host.set_inference_dtype(dtype, cast, device=device)
+    # quantised layers make their weights when they are loaded; others are replaced, so none need be made before
+    model = host.get_model({}, device=None if files.quantised else torch.device("meta"))
+    _fill(model, files, dtype)
+    patcher = manage(model, disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (str(folder), weight_dtype))
+    return patcher
+
+
+def load_tower(
+    files: BaseFiles, weight_dtype: torch.dtype | None
+) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
+    """The vision tower and the dtype that it computes in."""
+    state = files.part(*TOWER)
+    stored = weight_dtype or next(iter(state.values())).dtype
+    tower = vision.build(files.config, stored)
+    tower.load_state_dict({name: tensor.to(stored) for name, tensor in state.items()}, assign=True)
+    patcher = vision.manage(tower)
+    return patcher, comfy.model_management.unet_manual_cast(stored, patcher.load_device) or stored
+
+
+def _fill(model: HostModel, files: BaseFiles, dtype: torch.dtype) -> None:
+    """Hand the weights over module by module, with progress; the host's cancel button works between them."""
+    decoder = model.diffusion_model
+    bar = comfy.utils.ProgressBar(len(files.headers))
+    for name, tensors in files.decoder_groups():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        module, _, own = name.rpartition(".")
+        _give(decoder.get_submodule(module), own, tensors, module, dtype)
+        bar.update(len(tensors))
+
+
+def _give(module: nn.Module, own: str, tensors: dict[str, Tensor], path: str, dtype: torch.dtype) -> None:
+    quantised = f"{path}.comfy_quant" in tensors
+    state = {
+        name.removeprefix(f"{path}."): tensor if quantised else tensor.to(dtype) for name, tensor in tensors.items()
+    }
+    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    assert own not in missing and not unexpected, (path, missing, unexpected)  # the census was checked before
+    module.requires_grad_(False)

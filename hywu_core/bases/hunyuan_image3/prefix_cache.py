@@ -1,0 +1,83 @@
+"""The cache of keys and values of a sequence's prefix: everything before the generated image, which never sees that image and
+so is the same at every step of a sampling run.
+
+A cache belongs to one sampling run. It is found in transformer_options, made before the first step and emptied when the run
+ends, fails or is cancelled, so nothing of it outlives the LoRAs and weights that it was computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+KEY = "hunyuan_image3_prefix"  # in transformer_options
+MOST = 2  # entries: the conditional and the unconditional row, where they do not fit into one batch
+
+KeysValues = tuple[Tensor, Tensor]  # (B, key/value heads, tokens, head_dim) each
+
+
+class PrefixKey(NamedTuple):
+    """Everything that the prefix is computed from, except the weights, which stay as they are during a run."""
+
+    layout: Any
+    adapters: tuple  # (identity, strength) of every LoRA that acts beside the weights
+    tensors: tuple[Tensor, ...]  # ids, and what the source pictures give
+
+    def same(self, other: PrefixKey) -> bool:
+        """Whether the same prefix follows from both."""
+        if self.layout != other.layout or self.adapters != other.adapters or len(self.tensors) != len(other.tensors):
+            return False
+        return all(_same(mine, others) for mine, others in zip(self.tensors, other.tensors, strict=True))
+
+
+class PrefixCache:
+    """Prefixes that were computed in this run."""
+
+    def __init__(self):
+        self._entries: list[tuple[PrefixKey, list[KeysValues]]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, key: PrefixKey) -> list[KeysValues] | None:
+        """Keys and values of every layer, or None if this prefix was not computed yet."""
+        return next((kept for known, kept in self._entries if known.same(key)), None)
+
+    def keep(self, key: PrefixKey, layers: list[KeysValues]) -> None:
+        """Remember a prefix, and forget the oldest one where there are too many."""
+        self._entries = [*self._entries, (key, layers)][-MOST:]
+
+    def clear(self) -> None:
+        """Release the memory."""
+        self._entries = []
+
+
+def usable(transformer_options: dict[str, Any]) -> PrefixCache | None:
+    """The run's cache, unless something in this call could make the prefix depend on the step."""
+    patched = any(transformer_options.get(name) for name in ("patches", "patches_replace", "hooks"))
+    wrapped = any(_flatten(transformer_options.get("wrappers", {}).get("diffusion_model", {})))
+    return None if patched or wrapped else transformer_options.get(KEY)
+
+
+def with_prefix_cache(executor, *args, **kwargs):
+    """Wraps the host's outer sampling: gives the run a cache, and takes it away whatever happens."""
+    cache = PrefixCache()
+    options = executor.class_obj.model_options.setdefault("transformer_options", {})
+    options[KEY] = cache
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        options.pop(KEY, None)
+        cache.clear()
+
+
+def _same(mine: Tensor, others: Tensor) -> bool:
+    alike = mine.shape == others.shape and mine.dtype == others.dtype and mine.device == others.device
+    return alike and torch.equal(mine, others)
+
+
+def _flatten(wrappers: dict[Any, list]) -> Iterable[Any]:
+    return (wrapper for group in wrappers.values() for wrapper in group)

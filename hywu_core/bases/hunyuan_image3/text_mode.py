@@ -1,0 +1,91 @@
+"""The base in text mode: one prefill gives a generator's condition and the ratio that the model would choose; token by token it
+reasons. No LoRA acts here, whatever the MODEL carries. Source: reference facts 4 and 6.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import NamedTuple
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ...condition import HIDDEN_STATES, Condition, ConditionPart
+from ...errors import ConditionError
+from .base_model import HostModel, working_memory
+from .edit import Edit
+from .sequence import Sequence
+from .sizes import Size, buckets
+from .transformer import HunyuanImage3, Sources
+
+
+class Reading(NamedTuple):
+    """What one prefill tells about an edit."""
+
+    condition: Condition
+    ratio_logits: Tensor  # (vocabulary,), of the token that would name the ratio
+    ratio: int  # index of the bucket that the model would choose
+    size: Size
+
+
+class Prepared(NamedTuple):
+    """A base that is loaded without any LoRA, and an edit's inputs beside it."""
+
+    decoder: HunyuanImage3
+    ids: Tensor  # (1, L)
+    sources: Sources
+    dtype: torch.dtype
+
+
+def read_edit(model: comfy.model_patcher.ModelPatcher, edit: Edit) -> Reading:
+    """Run the base once on an edit, as text: no noise, no LoRA, the conditional row.
+
+    Returns:
+        the condition, (1, L, H) of every token before the final norm, and the ratio.
+    Raises:
+        ConditionError: if the MODEL is another base.
+    """
+    sequence = edit.ratio_sequence()
+    ready = prepare(model, edit, sequence)
+    hidden, _ = ready.decoder.prefill(ready.ids, sequence.layout, ready.sources, ready.dtype)
+    logits = ready.decoder.logits(hidden[:, -1:])[0, 0]
+    ratios = torch.tensor(edit.builder.tokenizer.special.ratios, device=logits.device)
+    ratio = int(logits[ratios].argmax())
+    kept = hidden.to(comfy.model_management.intermediate_device(), torch.float32)
+    condition = Condition((ConditionPart(HIDDEN_STATES, kept),), edit.request.prompt)
+    return Reading(condition, logits.cpu(), ratio, buckets(edit.config.image_base_size)[ratio])
+
+
+def prepare(model: comfy.model_patcher.ModelPatcher, edit: Edit, sequence: Sequence, more_tokens: int = 0) -> Prepared:
+    """Load the base bare, with room for a sequence and what it may grow by.
+
+    Raises:
+        ConditionError: if the MODEL is another base.
+    """
+    base = model.model
+    if not isinstance(base, HostModel):
+        raise ConditionError(
+            f"This needs the MODEL of Load HunyuanImage-3, but a {type(base).__name__} is wired in. The condition of this "
+            "generator is what that base itself sees."
+        )
+    dtype, bare = base.get_dtype_inference(), without_loras(model)
+    room = working_memory(base.config, dtype, 1, sequence.layout.length + more_tokens)
+    comfy.model_management.load_models_gpu([bare], memory_required=room)
+    device = bare.load_device
+    latents = tuple(base.process_latent_in(latent)[:, :, 0].to(device, dtype) for latent in edit.latents)
+    vision = tuple(tokens.to(device, dtype) for tokens in edit.vision)
+    return Prepared(base.diffusion_model, torch.tensor([sequence.ids], device=device), Sources(latents, vision), dtype)
+
+
+def without_loras(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL without weight patches, so that a merged LoRA is not in what is read. LoRAs beside the weights only act while
+    the host samples.
+    """
+    if not model.patches:
+        return model
+    bare = model.clone()
+    bare.patches = {}
+    bare.patches_uuid = uuid.uuid4()  # other weights than the MODEL it was cloned from
+    return bare
