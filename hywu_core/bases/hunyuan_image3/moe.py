@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 TOKENS_AT_ONCE = 4096  # of a forward; bounds what the rows of a long sequence take, while the banks stay where they are
 
 

@@ -1,0 +1,71 @@
+"""The tiny HunyuanImage-3 of the fixtures as a folder that loads, and the edit that the reference's numbers are for."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+SYSTEM_PROMPT = "You edit images."
+PATCH = 16
+
+
+def make_folder(target: Path) -> Path:
+    """The fixture's base with a system_prompt.py, as the official repository has one."""
+    shutil.copytree(FIXTURES / "base_tiny", target)
+    text = f'import sys\n\nunified_system_prompt_en = """{SYSTEM_PROMPT}\n"""\n\n\ndef get_system_prompt():\n    sys.exit("never run")\n'
+    (target / "system_prompt.py").write_text(text)
+    return target
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    """Tensors of e2e_one_<name>, names of equal tensors filled in."""
+    tensors = load_file(FIXTURES / f"e2e_one_{name}.safetensors")
+    facts = FIXTURES / f"e2e_one_{name}.json"
+    for alias, kept in (json.loads(facts.read_text())["alias"] if facts.exists() else {}).items():
+        tensors.setdefault(alias, tensors.get(kept))
+    return tensors
+
+
+def facts(name: str = "condition") -> dict:
+    """What e2e_one_<name> was asked for."""
+    return json.loads((FIXTURES / f"e2e_one_{name}.json").read_text())
+
+
+def picture(name: str = "a_272x240") -> torch.Tensor:
+    """A fixture's picture as an IMAGE (1, H, W, 3)."""
+    return (
+        torch.from_numpy(np.array(Image.open(FIXTURES / "images" / f"{name}.png").convert("RGB"))).float()[None] / 255
+    )
+
+
+def vision_pixels(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Stored patches (1, slots, 768) -> the normalised pixels (1, 3, H, W) that they were cut from, without padding."""
+    rows, columns = grid
+    cells = patches[:, : rows * columns].view(1, rows, columns, PATCH, PATCH, 3)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(1, 3, rows * PATCH, columns * PATCH)
+
+
+def golden_edit(encoder):
+    """The edit of e2e_one with the latents and vision pixels that were stored: another resize would change them."""
+    from hywu_core.bases.hunyuan_image3 import vision
+    from hywu_core.bases.hunyuan_image3.edit import Edit
+    from hywu_core.bases.hunyuan_image3.sequence import Request, SourcePicture
+
+    stored, asked = golden("condition"), facts()
+    latent = stored["call0.in.cond_vae_images"].unsqueeze(2) / encoder.config.vae.scaling_factor
+    pixels = vision_pixels(stored["call0.in.cond_vit_images.0"], (8, 8))
+    tokens = vision.look(encoder.tower, pixels, torch.float32)
+    request = Request(
+        asked["prompt"], (SourcePicture((15, 17), (8, 8), 15),), asked["cot_text"], asked["system_prompt"]
+    )
+    return Edit((latent,), (tokens,), request, encoder.builder, encoder.config)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return float((found - expected).norm() / expected.norm())
