@@ -39,7 +39,7 @@ class HYWULoadGenerator(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, generator, weight_dtype):
-        return folders.modified(generator)
+        return folders.modified(folders.generator_path(generator))
 
     @classmethod
     def execute(cls, generator, weight_dtype):

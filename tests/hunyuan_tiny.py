@@ -17,8 +17,8 @@ PATCH = 16
 def make_folder(target: Path) -> Path:
     """The fixture's base with a system_prompt.py, as the official repository has one."""
     shutil.copytree(FIXTURES / "base_tiny", target)
-    text = f'import sys\n\nunified_system_prompt_en = """{SYSTEM_PROMPT}\n"""\n\n\ndef get_system_prompt():\n    sys.exit("never run")\n'
-    (target / "system_prompt.py").write_text(text)
+    assigned = f'unified_system_prompt_en = """{SYSTEM_PROMPT}\n"""'
+    (target / "system_prompt.py").write_text(f'import sys\n\n{assigned}\nsys.exit("this file is never run")\n')
     return target
 
 

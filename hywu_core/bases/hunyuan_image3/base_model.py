@@ -93,8 +93,8 @@ class HostConfig(comfy.supported_models_base.BASE):
 
 
 def working_memory(config: BaseConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
-    """Bytes that one forward takes beside the model's own weights: keys and values of the prefix, the tokens' activations, the
-    rows that a chunk of them makes in the experts, and two layers' banks that are on their way. Derived, not measured.
+    """Bytes that one forward takes beside the model's own weights: keys and values of the prefix, the tokens' activations,
+    the rows that a chunk of them makes in the experts, and a layer's banks on their way. Derived, not measured.
     """
     number = comfy.model_management.dtype_size(dtype)
     head_numbers = config.num_key_value_heads * config.attention_head_dim

@@ -1,4 +1,4 @@
-"""What a HunyuanImage-3 folder says about its model: the keys of its config.json and generation_config.json that decide anything.
+"""What a HunyuanImage-3 folder says about its model: the keys of config.json and generation_config.json that decide anything.
 
 Where a file is silent, the values are those of the released HunyuanImage-3.0-Instruct.
 """

@@ -13,7 +13,7 @@ from ...errors import ConditionError
 from . import vision
 from .config import BaseConfig
 from .sequence import Grid, Request, Sequence, SequenceBuilder, SourcePicture, Start
-from .sizes import Size, buckets, fit, nearest
+from .sizes import AUTO, Size, buckets, fit, nearest, parse_size
 from .vae import LatentVAE
 
 KEY = "hunyuan_image3"  # of a CONDITIONING's options
@@ -40,6 +40,13 @@ class Edit(NamedTuple):
     builder: SequenceBuilder
     config: BaseConfig
     unconditional: bool = False
+    size: Size | None = None  # of the image; None: as the model chooses
+    batch: int = 1  # images to make of it
+
+    def latent(self, size: Size) -> Tensor:
+        """An empty latent of that many pixels, for the whole batch: (batch, C, 1, h, w)."""
+        factor = self.config.vae.ffactor_spatial
+        return torch.zeros(self.batch, self.config.vae.latent_channels, 1, size.height // factor, size.width // factor)
 
     def sequence(self, grid: Grid) -> Sequence:
         """The image pass for a latent of this grid.
@@ -69,45 +76,62 @@ class Edit(NamedTuple):
         return sequence
 
 
-def make_edit(
-    encoder: Encoder,
-    prompt: str,
-    pictures: Many[Tensor],
-    reasoning: str | None = None,
-    stretch: bool = False,
-    posterior_seed: int | None = None,
-    system_prompt: str | None = None,
-) -> Edit:
+class Wishes(NamedTuple):
+    """What an artist may ask for beside the instruction and the pictures."""
+
+    reasoning: str = ""  # in <think> and <recaption> tags
+    size: str = AUTO  # see `sizes.parse_size`
+    fit: str = AUTO  # how pictures come to their bucket; auto: stretched where the size is automatic, as the reference
+    seed: int = 0  # of latents drawn from their posterior
+    reference_compatible: bool = False  # draw latents; write an empty reasoning as an empty answer
+    batch: int = 1
+    system_prompt: str = ""  # another than the base's own
+
+
+FITS = (AUTO, "crop", "stretch")
+
+
+def make_edit(encoder: Encoder, prompt: str, pictures: Many[Tensor], wishes: Wishes | None = None) -> Edit:
     """Encode an instruction and its source pictures; the conditional row.
 
     Args:
-        pictures: up to 3, each (1, H, W, 3) in [0, 1].
-        reasoning: text in <think> and <recaption> tags, or None.
-        stretch: bring pictures to their bucket by stretching; otherwise they are cropped.
-        posterior_seed: draw latents from their posterior with this seed, as the reference does; None takes the mode.
-        system_prompt: another than the encoder's own.
+        pictures: IMAGEs (B, H, W, 3) in [0, 1], together up to 3 pictures.
     Raises:
-        ConditionError: for no instruction, or too many pictures.
+        ConditionError: for no instruction, too many pictures, or a size that is none.
     """
+    wishes = wishes or Wishes()
+    pictures = [picture[index : index + 1, ..., :3] for picture in pictures for index in range(len(picture))]
     if not prompt.strip():
         raise ConditionError("The instruction is empty. Write what is to be changed.")
     if len(pictures) > MOST_PICTURES:
         raise ConditionError(f"There are {len(pictures)} source pictures, but the model reads at most {MOST_PICTURES}.")
-    source = None if posterior_seed is None else torch.Generator().manual_seed(posterior_seed)
-    read = [_read_picture(encoder, picture[..., :3], stretch, source) for picture in pictures]
+    config, compatible = encoder.config, wishes.reference_compatible
+    bucket = parse_size(wishes.size, config.image_base_size)
+    stretch = wishes.fit == "stretch" or (wishes.fit == AUTO and bucket is None)
+    source = torch.Generator().manual_seed(wishes.seed) if compatible else None
+    read = [_read_picture(encoder, picture, stretch, source) for picture in pictures]
+    reasoning = wishes.reasoning if wishes.reasoning.strip() or compatible else None
     request = Request(
-        prompt,
-        tuple(facts for facts, _, _ in read),
-        reasoning,
-        encoder.system_prompt if system_prompt is None else system_prompt,
+        prompt, tuple(facts for facts, _, _ in read), reasoning, wishes.system_prompt.strip() or encoder.system_prompt
     )
     return Edit(
         tuple(latent for _, latent, _ in read),
         tuple(tokens for _, _, tokens in read),
         request,
         encoder.builder,
-        encoder.config,
+        config,
+        size=None if bucket is None else buckets(config.image_base_size)[bucket],
+        batch=wishes.batch,
     )
+
+
+def for_sampler(edit: Edit) -> tuple[list, list, dict[str, Tensor]]:
+    """Positive and negative CONDITIONING, and an empty LATENT: of the size asked for, else of the first picture's bucket."""
+    table = buckets(edit.config.image_base_size)
+    square = Size(edit.config.image_base_size, edit.config.image_base_size)
+    shapes = [*(table[picture.ratio] for picture in edit.request.pictures), square]
+    latent = {"samples": edit.latent(edit.size or shapes[0])}
+    return to_conditioning(edit), to_conditioning(edit._replace(unconditional=True)), latent
 
 
 def to_conditioning(edit: Edit) -> list:

@@ -1,5 +1,5 @@
-"""The base in text mode: one prefill gives a generator's condition and the ratio that the model would choose; token by token it
-reasons. No LoRA acts here, whatever the MODEL carries. Source: reference facts 4 and 6.
+"""The base in text mode: one prefill gives a generator's condition and the ratio that the model would choose. No LoRA acts
+here, whatever the MODEL carries. Source: reference fact 4.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     condition: Condition
     ratio_logits: Tensor  # (vocabulary,), of the token that would name the ratio
     ratio: int  # index of the bucket that the model would choose
-    size: Size
+    size: Size  # the one asked for, else that bucket
 
 
 class Prepared(NamedTuple):
@@ -55,7 +55,7 @@ def read_edit(model: comfy.model_patcher.ModelPatcher, edit: Edit) -> Reading:
     ratio = int(logits[ratios].argmax())
     kept = hidden.to(comfy.model_management.intermediate_device(), torch.float32)
     condition = Condition((ConditionPart(HIDDEN_STATES, kept),), edit.request.prompt)
-    return Reading(condition, logits.cpu(), ratio, buckets(edit.config.image_base_size)[ratio])
+    return Reading(condition, logits.cpu(), ratio, edit.size or buckets(edit.config.image_base_size)[ratio])
 
 
 def prepare(model: comfy.model_patcher.ModelPatcher, edit: Edit, sequence: Sequence, more_tokens: int = 0) -> Prepared:

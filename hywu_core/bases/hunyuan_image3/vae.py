@@ -49,7 +49,7 @@ class LatentVAE(comfy.sd.VAE):
         self._load(_engine(config), state, dtype)
 
     def sample_posterior(self, picture: Tensor, source: torch.Generator) -> Tensor:
-        """A latent drawn from the posterior instead of its mode, as the reference does: picture (1, H, W, 3) -> (1, C, 1, h, w)."""
+        """A latent drawn from the posterior, not its mode, as the reference does: picture (1, H, W, 3) -> (1, C, 1, h, w)."""
         pixels = self.process_input(self.vae_encode_crop_pixels(picture)).movedim(-1, 1).unsqueeze(2)
         room = self.memory_used_encode(pixels.shape, self.vae_dtype)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=room)
