@@ -182,6 +182,14 @@ def place(name: str, out_features: int, grouped: bool = False) -> Placement:
     return Placement(name)
 
 
+def beside_the_router(path: str) -> str:
+    """Where another node pack keeps a bank of experts that we keep below `experts`; the same path if it is no bank."""
+    for bank, theirs in (("gate_and_up_proj", "gate_up_proj"), ("down_proj", "down_proj")):
+        if path.endswith(f".experts.{bank}"):
+            return f"{path.removesuffix(f'.experts.{bank}')}.experts_{theirs}"
+    return path
+
+
 def _expand(config: GeneratorConfig) -> Iterator[Target]:
     for name, entry in config.pg_mapping.items():
         if entry.get("type") == GROUPED:

@@ -32,9 +32,9 @@ class HYWULoadHunyuanImage3(io.ComfyNode):
             display_name="Load HunyuanImage-3",
             category="HY-WU/HunyuanImage-3",
             search_aliases=["hunyuan image 3", "instruct", "tencent", "80b"],
-            description="Loads HunyuanImage-3.0-Instruct, the 80B base of the released HY-WU generator: its official folder, or "
-            "one converted to fp8 or 4 bit. Put the folder into models/hunyuan_image3. The weights have a licence of their "
-            "own, which grants nothing in the EU, the UK and South Korea.",
+            description="Loads HunyuanImage-3.0-Instruct, the 80B base of the released HY-WU generator: its official folder, "
+            "or one converted to fp8 or 4 bit. Put the folder into models/hunyuan_image3. The weights have a licence of "
+            "their own, which grants nothing in the EU, the UK and South Korea.",
             inputs=[
                 io.Combo.Input(
                     "folder",
@@ -83,14 +83,14 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
                     "reasoning",
                     multiline=True,
                     default="",
-                    tooltip="How the edit is to be understood, in <think> and <recaption> tags: from HunyuanImage-3 Reason, or "
-                    "your own. Empty: none, which is fastest.",
+                    tooltip="How the edit is to be understood, in <think> and <recaption> tags: from HunyuanImage-3 "
+                    "Reason, or your own. Empty: none, which is fastest.",
                 ),
                 io.String.Input(
                     "size",
                     default="auto",
-                    tooltip="auto, height x width in pixels (1024x768), or width : height as a ratio (3:4). The nearest of the "
-                    "model's sizes is taken. auto: the latent of this node has the first picture's shape, that of "
+                    tooltip="auto, height x width in pixels (1024x768), or width : height as a ratio (3:4). The nearest of "
+                    "the model's sizes is taken. auto: the latent of this node has the first picture's shape, that of "
                     "HunyuanImage-3 Condition the shape that the model chooses.",
                 ),
                 io.Int.Input(
@@ -106,8 +106,8 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
                     options=list(hi3.FITS),
                     default="auto",
                     advanced=True,
-                    tooltip="How a picture comes to the nearest of the model's sizes: cropped around its centre, or stretched. "
-                    "auto: stretched where size is auto, as in the reference.",
+                    tooltip="How a picture comes to the nearest of the model's sizes: cropped around its centre, or "
+                    "stretched. auto: stretched where size is auto, as in the reference.",
                 ),
                 io.Boolean.Input(
                     "reference_compatible",
@@ -153,7 +153,7 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
         batch_size,
         system_prompt,
     ):
-        wishes = hi3.Wishes(reasoning, size, fit, seed, reference_compatible, batch_size, system_prompt)
+        wishes = hi3.Wishes(reasoning, size, fit, seed, reference_compatible, batch_size, system_prompt or None)
         return io.NodeOutput(*hi3.for_sampler(hi3.make_edit(encoder, prompt, list(images.values()), wishes)))
 
 
@@ -164,8 +164,8 @@ class HYWUHunyuanImage3Condition(io.ComfyNode):
             node_id="HYWUHunyuanImage3Condition",
             display_name="HunyuanImage-3 Condition",
             category="HY-WU/HunyuanImage-3",
-            description="Runs HunyuanImage-3 once over the instruction and the pictures, and gives what the released generator "
-            "reads: the base's last hidden states. The same pass says which size the model would choose.",
+            description="Runs HunyuanImage-3 once over the instruction and the pictures, and gives what the released "
+            "generator reads: the base's last hidden states. The same pass says which size the model would choose.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load HunyuanImage-3. LoRAs on it do not act here."),
                 io.Conditioning.Input("positive", tooltip="From HunyuanImage-3 Edit."),
@@ -194,8 +194,8 @@ class HYWUHunyuanImage3Reason(io.ComfyNode):
             node_id="HYWUHunyuanImage3Reason",
             display_name="HunyuanImage-3 Reason",
             category="HY-WU/HunyuanImage-3",
-            description="Lets HunyuanImage-3 think about an edit and write it out in full, as text for HunyuanImage-3 Edit. It "
-            "is slow where the weights do not fit into the GPU's memory: every token streams the experts that it needs.",
+            description="Lets HunyuanImage-3 think about an edit and write it out in full, as text for HunyuanImage-3 Edit. "
+            "It is slow where the weights do not fit into the GPU's memory: every token streams the experts that it needs.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load HunyuanImage-3. LoRAs on it do not act here."),
                 Encoder.Input("encoder", tooltip="From Load HunyuanImage-3."),

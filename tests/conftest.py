@@ -11,6 +11,7 @@ HOST = Path(os.environ.get("COMFYUI_DIR", ROOT / ".host" / "ComfyUI"))
 
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: the host's own nodes.py must win over our nodes/ package
+sys.path.append(str(ROOT / "tests"))  # helpers of several folders
 
 
 @pytest.fixture(scope="session")

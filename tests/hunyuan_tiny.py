@@ -7,11 +7,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SYSTEM_PROMPT = "You edit images."
 PATCH = 16
+HEAD = {  # {name: shape in widths} of the pooling head of the released vision tower, which nothing reads
+    "probe": (1, 1, 1),
+    "attention.in_proj_weight": (3, 1),
+    "attention.in_proj_bias": (3,),
+    "attention.out_proj.weight": (1, 1),
+    "attention.out_proj.bias": (1,),
+    "layernorm.weight": (1,),
+    "layernorm.bias": (1,),
+    "mlp.fc1.weight": (1, 1),
+    "mlp.fc1.bias": (1,),
+    "mlp.fc2.weight": (1, 1),
+    "mlp.fc2.bias": (1,),
+}
 
 
 def make_folder(target: Path) -> Path:
@@ -19,6 +32,46 @@ def make_folder(target: Path) -> Path:
     shutil.copytree(FIXTURES / "base_tiny", target)
     assigned = f'unified_system_prompt_en = """{SYSTEM_PROMPT}\n"""'
     (target / "system_prompt.py").write_text(f'import sys\n\n{assigned}\nsys.exit("this file is never run")\n')
+    return target
+
+
+def full_count_config(hidden: int = 32, intermediate: int = 8, **more) -> dict:
+    """config.json with as many layers, experts and blocks as the released model has, but narrow ones."""
+    values = json.loads((FIXTURES / "base_tiny" / "config.json").read_text())
+    values |= {"num_hidden_layers": 32, "num_experts": 64, "moe_topk": 8, "hidden_size": hidden}
+    values |= {"moe_intermediate_size": intermediate, "intermediate_size": intermediate}
+    values["vae"] |= {"layers_per_block": 2}
+    values["vit"] |= {"num_hidden_layers": 27, "hidden_size": 16, "intermediate_size": 16}
+    return values | more
+
+
+def full_count_shapes(values: dict) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every tensor of the released model in the widths of such a config.json."""
+    from hywu_core.bases.hunyuan_image3.config import BaseConfig
+    from hywu_core.bases.hunyuan_image3.files import official_shapes
+
+    width = values["vit"]["hidden_size"]
+    head = {
+        f"vision_model.head.{name}": (1, 1, width) if name == "probe" else tuple(width * times for times in shape)
+        for name, shape in HEAD.items()
+    }
+    return official_shapes(BaseConfig.from_dict(values, {})) | head
+
+
+def make_full_count_folder(target: Path, shards: int, values: dict) -> Path:
+    """Such a checkpoint with random numbers; shards are cut anywhere, also inside the experts of a layer."""
+    make_folder(target)
+    (target / "model.safetensors").unlink()
+    (target / "config.json").write_text(json.dumps(values))
+    shapes, source, files = full_count_shapes(values), torch.Generator().manual_seed(0), {}
+    names = sorted(shapes)
+    for number in range(shards):
+        part = names[len(names) * number // shards : len(names) * (number + 1) // shards]
+        file = f"model-{number + 1:04}-of-{shards:04}.safetensors"
+        numbers = {name: torch.randn(shapes[name], generator=source).mul(0.05).bfloat16() for name in part}
+        save_file(numbers, str(target / file), metadata={"format": "pt"})
+        files |= dict.fromkeys(part, file)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return target
 
 

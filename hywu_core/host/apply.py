@@ -20,7 +20,10 @@ import comfy.ops
 import comfy.weight_adapter
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QuantizedTensor
 
+from ..bases.hunyuan_image3.foreign import BANKS, borrow_mixture
+from ..bases.hunyuan_image3.moe import MixtureOfExperts
 from ..errors import MatchError
 from ..lora import InstanceLora
 from .bank import Adapter, Bank
@@ -81,6 +84,7 @@ def apply_lora(
         mode = "merge" if _compiled(model) else "bypass"
     if mode == "merge":
         _check_mergeable(lora, start, end)
+        _check_banks(matches.matched, model.model)
         _merge(clone, matches.matched, lora.scale, strength)
     else:
         _bypass(clone, Applied(Bank(matches.matched, lora.scale), strength, start, end, uuid.uuid4()))
@@ -129,16 +133,36 @@ def wrapped_forwards(
     """For the time of the block, the modules at these paths add their adapters, each at its strength."""
     wrapped = []
     try:
-        for path, parts in adapters.items():
-            module = diffusion_model.get_submodule(path)
+        for module, forward in _forwards(diffusion_model, adapters):
             wrapped.append((module, vars(module).get("forward")))
-            module.forward = _with_adapters(module.forward, parts)
+            module.forward = forward
         yield
     finally:
         for module, previous in reversed(wrapped):
             vars(module).pop("forward", None)
             if previous is not None:  # somebody else's, such as the host's own bypass
                 module.forward = previous
+
+
+def _forwards(
+    diffusion_model: torch.nn.Module, adapters: dict[str, list[tuple[Adapter, float]]]
+) -> Iterator[tuple[torch.nn.Module, Callable]]:
+    """The modules that are to run otherwise, and how. Another pack never calls its banks: our mixture runs in their place."""
+    mixtures: dict[str, MixtureOfExperts] = {}
+    for path, parts in adapters.items():
+        parent, _, name = path.rpartition(".")
+        if name in BANKS.values():
+            mlp = diffusion_model.get_submodule(parent)
+            if parent not in mixtures:
+                mixtures[parent] = borrow_mixture(mlp, diffusion_model.config.moe_topk)
+                yield mlp, mixtures[parent].forward
+            bank = mixtures[parent].experts.get_submodule(
+                next(ours for ours, theirs in BANKS.items() if theirs == name)
+            )
+            bank.forward = _with_adapters(bank.forward, parts)  # of our own object, which goes when this is over
+        else:
+            module = diffusion_model.get_submodule(path)
+            yield module, _with_adapters(module.forward, parts)
 
 
 def _with_adapters(forward: Callable, parts: list[tuple[Adapter, float]]) -> Callable:
@@ -215,6 +239,18 @@ def _check_mergeable(lora: InstanceLora, start: float, end: float) -> None:
         raise MatchError(
             "A merged LoRA is in the weights for the whole schedule. Use the mode bypass for start and end."
         )
+
+
+def _check_banks(matched: tuple[Match, ...], base: torch.nn.Module) -> None:
+    """A quantised bank of experts takes no patch in the host, and another pack's bank may not look at it."""
+    for found in matched:
+        theirs = found.module.rpartition(".")[2] in BANKS.values()
+        weight = base.diffusion_model.get_submodule(found.module).weight
+        if found.pair.grouped and (theirs or isinstance(weight, QuantizedTensor)):
+            raise MatchError(
+                f"{found.module} of this model is a {'foreign' if theirs else 'quantised'} bank of experts, which no LoRA can "
+                "be merged into. Use the mode bypass: it acts beside the weights, whatever they are stored as."
+            )
 
 
 def _compiled(model: comfy.model_patcher.ModelPatcher) -> bool:

@@ -1,4 +1,4 @@
-"""The model folders: `hywu` for generators, `hunyuan_image3` for that base. Where they are looked for, listed and resolved."""
+"""The model folders: `hywu` for generators, `hunyuan_image3` for that base. They are searched, listed and resolved here."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import comfy.lora
 import torch
 
 from ..errors import MatchError
-from ..layout import Placement, place
+from ..layout import Placement, beside_the_router, place
 from ..lora import InstanceLora, LoraFactor
 
 ROOT = "diffusion_model"
@@ -66,6 +66,8 @@ def match(lora: InstanceLora, base: Any) -> Matches:
     matched, missing = [], []
     for name, pair in lora.factors.items():
         where = place(name, pair.up.shape[-2], pair.grouped)
+        if where.module not in modules and beside_the_router(where.module) in modules:
+            where = where._replace(module=beside_the_router(where.module))
         if where.module not in modules:
             foreign = comfy.lora.model_lora_keys_unet(base, {}) if foreign is None else foreign
             where = _resolve(name, foreign)

@@ -50,6 +50,10 @@ RELEASED = {
     "HYWUTrainGenerator",
     "HYWUSaveGenerator",
     "HYWUEvaluateGenerator",
+    "HYWULoadHunyuanImage3",
+    "HYWUHunyuanImage3Edit",
+    "HYWUHunyuanImage3Condition",
+    "HYWUHunyuanImage3Reason",
 }
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hywu_core import InstanceLora, LoraFactor
-from hywu_core.bases.hunyuan_image3.moe import MixtureOfExperts
+from hywu_core.bases.hunyuan_image3.moe import MixtureOfExperts, Rows
 from hywu_core.host.apply import apply_lora
 from hywu_core.host.bank import delta_of
 from hywu_core.lora_files import from_state_dict, to_peft_state_dict, to_state_dict
@@ -205,3 +205,16 @@ def test_experts_of_another_number_are_refused(toy, lora):
     pair = lora.factors[name]
     with pytest.raises(Exception, match=r"experts.w1.*\(3, 20, 32\).*4 experts"):
         apply_lora(toy, InstanceLora({name: LoraFactor(pair.down[:, :3], pair.up[:, :3])}), 1.0)
+
+
+@pytest.mark.parametrize("mode", ["base", "bypass"])
+def test_experts_that_are_brought_one_by_one_give_the_same(toy, lora, golden, mode, monkeypatch):
+    """As for a token of text whose bank is on another device: only the experts that it needs come."""
+    patched = toy if mode == "base" else apply_lora(toy, lora, 1.0, mode)[0]
+    token = golden["x1.in"][:, :1]
+    whole, brought = toy.model.run(patched, token), []
+    monkeypatch.setattr(Rows, "_is_elsewhere", lambda bank, x: True)
+    alone = Rows._expert_alone
+    monkeypatch.setattr(Rows, "_expert_alone", lambda bank, x, e: brought.append(e) or alone(bank, x, e))
+    close(toy.model.run(patched, token), whole)
+    assert len(brought) == 2 * 2 * LAYERS  # two experts, two banks

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "scripts"), str(Path(__file__).resolve().parent)]
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 
 from bad_generators import write_bad_generators  # noqa: E402
 from demo import PICTURE, draw_picture  # noqa: E402
 from host_server import HostServer, Run, to_api_format  # noqa: E402
+from hunyuan_tiny import FIXTURES, make_folder  # noqa: E402
 
 
 class Studio:
@@ -56,8 +58,11 @@ def server(host_dir, tmp_path_factory) -> HostServer:
     folder = tmp_path_factory.mktemp("server")
     generators = folder / "more models" / "hywu"
     write_bad_generators(ROOT / "models" / "pocket-generator.safetensors", generators)
+    shutil.copytree(FIXTURES / "pg_tiny", generators / "tiny")
+    make_folder(generators.parent / "hunyuan_image3" / "tiny")
     paths = folder / "extra_model_paths.yaml"
-    paths.write_text(json.dumps({"elsewhere": {"base_path": str(generators.parent), "hywu": "hywu"}}))
+    kinds = {kind: kind for kind in ("hywu", "hunyuan_image3")}
+    paths.write_text(json.dumps({"elsewhere": {"base_path": str(generators.parent), **kinds}}))
     pack = os.environ.get("HYWU_PACK_NAME", "hywu")
     with HostServer(sys.executable, host_dir, folder, pack, ("--extra-model-paths-config", str(paths))) as server:
         draw_picture(server.input / PICTURE)

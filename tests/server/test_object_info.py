@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).parent / "snapshots" / "object_info.json"
-FILE_INPUTS = {("HYWULoadGenerator", "generator"), ("HYWULoadLoRA", "lora")}  # their options are what lies on the disk
+FILE_INPUTS = {  # their options are what lies on the disk
+    ("HYWULoadGenerator", "generator"),
+    ("HYWULoadLoRA", "lora"),
+    ("HYWULoadHunyuanImage3", "folder"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ class Encoder(NamedTuple):
     tower: comfy.model_patcher.ModelPatcher
     tower_dtype: torch.dtype
     vae: LatentVAE
-    system_prompt: str
+    system_prompt: str | None  # None: the base's folder has none
 
 
 class Edit(NamedTuple):
@@ -42,6 +42,13 @@ class Edit(NamedTuple):
     unconditional: bool = False
     size: Size | None = None  # of the image; None: as the model chooses
     batch: int = 1  # images to make of it
+
+    @property
+    def default_size(self) -> Size:
+        """The first picture's bucket, or a square."""
+        side = self.config.image_base_size
+        pictures = self.request.pictures
+        return buckets(side)[pictures[0].ratio] if pictures else Size(side, side)
 
     def latent(self, size: Size) -> Tensor:
         """An empty latent of that many pixels, for the whole batch: (batch, C, 1, h, w)."""
@@ -79,23 +86,30 @@ class Edit(NamedTuple):
 class Wishes(NamedTuple):
     """What an artist may ask for beside the instruction and the pictures."""
 
-    reasoning: str = ""  # in <think> and <recaption> tags
+    reasoning: str | None = None  # in <think> and <recaption> tags
     size: str = AUTO  # see `sizes.parse_size`
     fit: str = AUTO  # how pictures come to their bucket; auto: stretched where the size is automatic, as the reference
     seed: int = 0  # of latents drawn from their posterior
     reference_compatible: bool = False  # draw latents; write an empty reasoning as an empty answer
     batch: int = 1
-    system_prompt: str = ""  # another than the base's own
+    system_prompt: str | None = None  # another than the base's own
 
 
 FITS = (AUTO, "crop", "stretch")
 
 
-def make_edit(encoder: Encoder, prompt: str, pictures: Many[Tensor], wishes: Wishes | None = None) -> Edit:
+def make_edit(
+    encoder: Encoder,
+    prompt: str,
+    pictures: Many[Tensor],
+    wishes: Wishes | None = None,
+    source: torch.Generator | None = None,
+) -> Edit:
     """Encode an instruction and its source pictures; the conditional row.
 
     Args:
         pictures: IMAGEs (B, H, W, 3) in [0, 1], together up to 3 pictures.
+        source: of random numbers, instead of one of the wishes' seed.
     Raises:
         ConditionError: for no instruction, too many pictures, or a size that is none.
     """
@@ -106,14 +120,18 @@ def make_edit(encoder: Encoder, prompt: str, pictures: Many[Tensor], wishes: Wis
     if len(pictures) > MOST_PICTURES:
         raise ConditionError(f"There are {len(pictures)} source pictures, but the model reads at most {MOST_PICTURES}.")
     config, compatible = encoder.config, wishes.reference_compatible
+    system_prompt = encoder.system_prompt if wishes.system_prompt is None else wishes.system_prompt
+    if system_prompt is None:
+        raise ConditionError(
+            "The base's folder has no system_prompt.py, and the generator was trained with that prompt. Copy it from "
+            "the repository of HunyuanImage-3.0-Instruct, or write a system prompt of your own (or a system_prompt.txt)."
+        )
     bucket = parse_size(wishes.size, config.image_base_size)
     stretch = wishes.fit == "stretch" or (wishes.fit == AUTO and bucket is None)
-    source = torch.Generator().manual_seed(wishes.seed) if compatible else None
+    source = (source or torch.Generator().manual_seed(wishes.seed)) if compatible else None
     read = [_read_picture(encoder, picture, stretch, source) for picture in pictures]
-    reasoning = wishes.reasoning if wishes.reasoning.strip() or compatible else None
-    request = Request(
-        prompt, tuple(facts for facts, _, _ in read), reasoning, wishes.system_prompt.strip() or encoder.system_prompt
-    )
+    reasoning = wishes.reasoning if compatible or (wishes.reasoning or "").strip() else None
+    request = Request(prompt, tuple(facts for facts, _, _ in read), reasoning, system_prompt)
     return Edit(
         tuple(latent for _, latent, _ in read),
         tuple(tokens for _, _, tokens in read),
@@ -127,10 +145,7 @@ def make_edit(encoder: Encoder, prompt: str, pictures: Many[Tensor], wishes: Wis
 
 def for_sampler(edit: Edit) -> tuple[list, list, dict[str, Tensor]]:
     """Positive and negative CONDITIONING, and an empty LATENT: of the size asked for, else of the first picture's bucket."""
-    table = buckets(edit.config.image_base_size)
-    square = Size(edit.config.image_base_size, edit.config.image_base_size)
-    shapes = [*(table[picture.ratio] for picture in edit.request.pictures), square]
-    latent = {"samples": edit.latent(edit.size or shapes[0])}
+    latent = {"samples": edit.latent(edit.size or edit.default_size)}
     return to_conditioning(edit), to_conditioning(edit._replace(unconditional=True)), latent
 
 

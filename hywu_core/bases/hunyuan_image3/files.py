@@ -22,17 +22,18 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...files import open_safetensors
-from ...shards import Header, folder_shards, read_headers, some
-from . import vae, vision
+from ...shards import DTYPES, INDEX_FILE, Header, folder_shards, read_headers, some
+from . import quantised, vae, vision
 from .config import BaseConfig
+from .quantised import MARK, Stored
 from .transformer import HunyuanImage3
 
-PROMPT_FILE = "system_prompt.py"
+PROMPT_FILE, PROMPT_TEXT_FILE = "system_prompt.py", "system_prompt.txt"
 PROMPT_NAME = "unified_system_prompt_en"
 PROMPT_HASH = "78b97adc8e7c851ef90562269177a880d0ca0ff16e15c48841f013aad10d9706"  # of the released text
 VAE, TOWER = "vae.", ("vision_model.", "vision_aligner.")
 UNUSED = ("vision_model.head.",)  # a pooling head that nothing reads
-QUANTISATION = (".comfy_quant", ".weight_scale", ".weight_scale_2")  # what the host keeps beside a quantised weight
+CONVERSION_FILE = "conversion.json"  # what a folder that the conversion writes is made from
 _BANK = re.compile(r"^(?P<layer>model\.layers\.\d+\.mlp\.experts)\.(?P<part>gate_and_up_proj|down_proj)\.weight$")
 
 
@@ -42,44 +43,59 @@ class BaseFiles(NamedTuple):
     folder: Path
     config: BaseConfig
     headers: dict[str, Header]
+    kinds: dict[str, str]  # format of every weight that is quantised
 
     @property
     def quantised(self) -> bool:
         """Whether some weights are in one of the host's quantised formats."""
-        return any(name.endswith(QUANTISATION[0]) for name in self.headers)
+        return bool(self.kinds)
 
-    def decoder_groups(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The diffusion model's weights module by module: (module's path, {key: tensor}), banks stacked. One group is in
-        memory at a time, beside what the caller keeps.
+    def decoder_modules(self, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The diffusion model's weights module by module: (module's path, {key: tensor}), unquantised ones in this dtype.
+
+        A bank that has to be stacked is made in its own memory, where it stays; everything else is memory-mapped.
         """
-        with _Shards() as shards:
-            for name in decoder_shapes(self.config):
-                if not name.endswith((".weight", ".bias")):
-                    continue
-                yield name, {name: self._weight(name, shards)} | self._beside(name, shards)
+        modules: dict[str, list[str]] = {}
+        for name in decoder_shapes(self.config):
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        with Shards() as shards:
+            for module, names in modules.items():
+                weights = {name: self._weight(name, shards, dtype) for name in names}
+                yield module, weights | self._beside(module, shards)
 
     def part(self, *prefixes: str, strip: str = "") -> dict[str, Tensor]:
         """Weights whose names begin so, memory-mapped, without the prefix `strip` and without what is unused."""
-        with _Shards() as shards:
+        with Shards() as shards:
             names = [name for name in self.headers if name.startswith(prefixes) and not name.startswith(UNUSED)]
             return {name.removeprefix(strip): shards.tensor(name, self.headers[name]) for name in names}
 
-    def _weight(self, name: str, shards: _Shards) -> Tensor:
+    def matrices(self, name: str, shards: Shards) -> Iterator[Tensor]:
+        """A weight that is not quantised as it is stored, memory-mapped: a bank expert by expert, else in one piece."""
+        keys = expert_keys(name, self.config.num_experts)
         if name in self.headers:
+            tensor = shards.tensor(name, self.headers[name])
+            yield from tensor if keys else (tensor,)
+        else:
+            yield from (shards.tensor(key, self.headers[key]) for key in keys)
+
+    def _weight(self, name: str, shards: Shards, dtype: torch.dtype) -> Tensor:
+        if name in self.kinds:
             return shards.tensor(name, self.headers[name])
-        experts = [shards.tensor(key, self.headers[key]) for key in expert_keys(name, self.config.num_experts)]
-        bank = torch.empty(len(experts), *experts[0].shape, dtype=experts[0].dtype)
-        for row, expert in zip(bank, experts, strict=True):
-            row.copy_(expert)
+        if name in self.headers:
+            return shards.tensor(name, self.headers[name]).to(dtype)
+        keys = expert_keys(name, self.config.num_experts)
+        bank = torch.empty(len(keys), *self.headers[keys[0]].shape, dtype=dtype)
+        with Shards() as briefly:  # so that the pages that were read are given back at once
+            for row, matrix in zip(bank, self.matrices(name, briefly), strict=True):
+                row.copy_(matrix)
         return bank
 
-    def _beside(self, name: str, shards: _Shards) -> dict[str, Tensor]:
-        module = name.rpartition(".")[0]
-        names = [module + suffix for suffix in QUANTISATION] if name.endswith(".weight") else []
-        return {key: shards.tensor(key, self.headers[key]) for key in names if key in self.headers}
+    def _beside(self, module: str, shards: Shards) -> dict[str, Tensor]:
+        names = [f"{module}.{own}" for own in (MARK, quantised.SCALE, quantised.SCALE_2)]
+        return {name: shards.tensor(name, self.headers[name]) for name in names if name in self.headers}
 
 
-class _Shards(ExitStack):
+class Shards(ExitStack):
     """Files that stay open while their tensors are read."""
 
     def __init__(self):
@@ -105,26 +121,30 @@ def inspect_base(folder: str | Path) -> BaseFiles:
             f"{folder} is not a folder. Choose the folder that holds HunyuanImage-3.0-Instruct: config.json, tokenizer.json, "
             "system_prompt.py and the .safetensors files."
         )
+    if (folder / CONVERSION_FILE).is_file() and not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} holds a conversion that was not finished. Run the same scripts/convert_hunyuan_image3.py again: it "
+            "goes on where it stopped."
+        )
     config = BaseConfig.read(folder)
     headers = read_headers(folder_shards(folder))
-    _check_census(folder, config, headers)
-    return BaseFiles(folder, config, headers)
+    kinds = _read_kinds(headers)
+    _check_census(folder, config, headers, kinds)
+    return BaseFiles(folder, config, headers, kinds)
 
 
-def read_system_prompt(folder: Path) -> str:
+def read_system_prompt(folder: Path) -> str | None:
     """The unified English prompt out of system_prompt.py, which is parsed and never run; a .txt of that stem is taken whole.
+    None if neither is there: an edit can bring its own.
 
     Raises:
-        CheckpointError: if neither file is there, or the prompt is not in it.
+        CheckpointError: if the prompt is not in the file.
     """
-    text_file, source = folder / "system_prompt.txt", folder / PROMPT_FILE
+    text_file, source = folder / PROMPT_TEXT_FILE, folder / PROMPT_FILE
     if text_file.is_file():
         return text_file.read_text(encoding="utf-8").strip()
     if not source.is_file():
-        raise CheckpointError(
-            f"{folder} has no {PROMPT_FILE}. Copy it from the repository of HunyuanImage-3.0-Instruct, or write the system "
-            "prompt of your choice into system_prompt.txt there."
-        )
+        return None
     try:
         tree = ast.parse(source.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as error:
@@ -159,24 +179,46 @@ def expert_keys(name: str, experts: int) -> list[str]:
     return [f"{found['layer']}.{expert}.{found['part']}.weight" for expert in range(experts)] if found else []
 
 
-def _check_census(folder: Path, config: BaseConfig, headers: Mapping[str, Header]) -> None:
-    expected = official_shapes(config)
-    banks = decoder_shapes(config)
-    quantised = {name.removesuffix(QUANTISATION[0]) + ".weight" for name in headers if name.endswith(QUANTISATION[0])}
-    for name in banks:
-        if name in headers:  # a bank that is stacked in the file
-            for key in expert_keys(name, config.num_experts):
-                expected.pop(key)
-            expected.setdefault(name, banks[name])
-    known = [name for name in headers if not name.startswith(UNUSED) and not name.endswith(QUANTISATION)]
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in headers]
+def _read_kinds(headers: Mapping[str, Header]) -> dict[str, str]:
+    """{name of a weight: its format} from the marks that lie beside quantised ones."""
+    with Shards() as shards:
+        return {
+            name.removesuffix(MARK) + "weight": quantised.read_mark(name, shards.tensor(name, header))
+            for name, header in headers.items()
+            if name.endswith(f".{MARK}")
+        }
+
+
+def _expected(config: BaseConfig, headers: Mapping[str, Header], kinds: Mapping[str, str]) -> dict[str, Stored]:
+    """Every tensor that a folder must hold, but for marks: as the official one, with banks and formats where it has them."""
+    expected = {name: Stored(shape, None) for name, shape in official_shapes(config).items()}
+    for name, shape in decoder_shapes(config).items():
+        keys = expert_keys(name, config.num_experts) if name in headers else []
+        for key in keys:
+            expected.pop(key)
+        if name in kinds and quantised.can_be_quantised(name):
+            module = name.removesuffix("weight")
+            expected |= {module + own: kept for own, kept in quantised.stored(kinds[name], shape).items()}
+        elif keys:
+            expected[name] = Stored(shape, None)
+    return expected
+
+
+def _check_census(folder: Path, config: BaseConfig, headers: Mapping[str, Header], kinds: Mapping[str, str]) -> None:
+    expected = _expected(config, headers, kinds)
+    known = [name for name in headers if not name.startswith(UNUSED) and not name.endswith(f".{MARK}")]
+    problems = [f"missing {name} {list(kept.shape)}" for name, kept in expected.items() if name not in headers]
     problems += [f"unexpected {name} {list(headers[name].shape)}" for name in known if name not in expected]
+    problems += [f"{name} is not one that can be quantised" for name in kinds if not quantised.can_be_quantised(name)]
     for name in known:
-        wanted, shape = expected.get(name), headers[name].shape
-        if name in quantised and wanted is not None:  # a packed format keeps fewer columns
-            wanted, shape = wanted[:-1], shape[:-1]
-        if wanted is not None and shape != wanted:
-            problems.append(f"{name} has the shape {list(shape)}, expected {list(wanted)}")
+        wanted, found = expected.get(name), headers[name]
+        if wanted is None:
+            continue
+        if found.shape != wanted.shape:
+            problems.append(f"{name} has the shape {list(found.shape)}, expected {list(wanted.shape)}")
+        elif found.dtype not in (DTYPES if wanted.dtype is None else (wanted.dtype,)):
+            kind = wanted.dtype or "a floating-point type"
+            problems.append(f"{name} is stored as {found.dtype}, expected {kind}")
     if problems:
         raise CheckpointError(
             f"{folder} holds {len(known)} tensors where its config.json describes {len(expected)}, and they do not fit: "

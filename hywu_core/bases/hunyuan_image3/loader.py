@@ -15,7 +15,7 @@ from ...shards import main_dtype
 from . import vision
 from .base_model import HostConfig, HostModel, manage
 from .edit import Encoder
-from .files import TOWER, VAE, BaseFiles, inspect_base, read_system_prompt
+from .files import TOWER, VAE, BaseFiles, decoder_shapes, inspect_base, read_system_prompt
 from .sequence import SequenceBuilder
 from .tokenizer import Tokenizer
 from .vae import LatentVAE
@@ -52,13 +52,15 @@ def load_model(folder: str | Path, weight_dtype: torch.dtype | None = None, disa
     files = inspect_base(folder)
     device, management = comfy.model_management.get_torch_device(), comfy.model_management
     host = HostConfig(files.config)
-    stored = weight_dtype or main_dtype({n: h for n, h in files.headers.items() if n.startswith("model.")})
     supported = host.supported_inference_dtypes
     parameters = sum(torch.Size(header.shape).numel() for header in files.headers.values())
     if files.quantised:
         host.quant_config = {"mixed_ops": True}
-        dtype, cast = management.unet_dtype(device, parameters, supported), None
+        dtype = weight_dtype or management.unet_dtype(device, parameters, supported)
+        # the host's layers of this kind need to be told what to compute in, even where it is no other dtype
+        cast = management.unet_manual_cast(weight_dtype, device, supported) or dtype
     else:
+        stored = main_dtype({name: header for name, header in files.headers.items() if name.startswith("model.")})
         dtype = weight_dtype or management.unet_dtype(device, parameters, supported, stored)
         cast = management.unet_manual_cast(dtype, device, supported)
     host.set_inference_dtype(dtype, cast, device=device)
@@ -85,19 +87,16 @@ def load_tower(
 def _fill(model: HostModel, files: BaseFiles, dtype: torch.dtype) -> None:
     """Hand the weights over module by module, with progress; the host's cancel button works between them."""
     decoder = model.diffusion_model
-    bar = comfy.utils.ProgressBar(len(files.headers))
-    for name, tensors in files.decoder_groups():
+    bar = comfy.utils.ProgressBar(len(decoder_shapes(files.config)))
+    for path, tensors in files.decoder_modules(dtype):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        module, _, own = name.rpartition(".")
-        _give(decoder.get_submodule(module), own, tensors, module, dtype)
+        _give(decoder.get_submodule(path), path, tensors)
         bar.update(len(tensors))
 
 
-def _give(module: nn.Module, own: str, tensors: dict[str, Tensor], path: str, dtype: torch.dtype) -> None:
-    quantised = f"{path}.comfy_quant" in tensors
-    state = {
-        name.removeprefix(f"{path}."): tensor if quantised else tensor.to(dtype) for name, tensor in tensors.items()
-    }
+def _give(module: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:
+    """All weights of a module at once: a quantised kind takes what is not given for gone."""
+    state = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
-    assert own not in missing and not unexpected, (path, missing, unexpected)  # the census was checked before
+    assert not missing and not unexpected, (path, missing, unexpected)  # the census was checked before
     module.requires_grad_(False)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import comfy.ops
 import torch
 import torch.nn.functional as F
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 TOKENS_AT_ONCE = 4096  # of a forward; bounds what the rows of a long sequence take, while the banks stay where they are
@@ -29,12 +30,40 @@ class Routing(NamedTuple):
 
 
 class Rows:
-    """How a bank runs on rows, whatever its weights are stored as."""
+    """How a bank of the host's kind runs on rows, whatever its weights are stored as."""
+
+    _singly = False
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (rows, in) sorted by expert -> (rows, out)."""
+        linear = self._expert_alone if self._singly else self.expert_linear
         parts = x.split(routing.counts)
-        return torch.cat([self.expert_linear(rows, e) for e, rows in enumerate(parts) if rows.shape[0]])
+        return torch.cat([linear(rows, expert) for expert, rows in enumerate(parts) if rows.shape[0]])
+
+    @contextmanager
+    def on_hand(self, x: Tensor, few: bool) -> Iterator[None]:
+        """For the time of the block, the bank is where x is; or, for a few rows of a bank that is elsewhere, only the experts
+        that they need are brought, one by one: a token of text needs an eighth of what an image does.
+        """
+        if few and self._is_elsewhere(x):
+            self._singly = True
+            try:
+                yield
+            finally:
+                self._singly = False
+        else:
+            with self.bank_resident(x):
+                yield
+
+    def _is_elsewhere(self, x: Tensor) -> bool:
+        """Patches that are added on the way want the whole bank."""
+        patched = self.weight_function or getattr(self, "weight_lowvram_function", None)
+        return self.weight.device != x.device and not patched
+
+    def _expert_alone(self, x: Tensor, expert: int) -> Tensor:
+        weight = self.expert_weight(expert).to(x.device)
+        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        return F.linear(x, weight.to(x.dtype))
 
 
 class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
@@ -63,6 +92,10 @@ class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
         """x (rows, in) -> (rows, out) of one expert, inside `bank_resident`."""
         return F.linear(x, self._resident[expert])
 
+    def expert_weight(self, expert: int) -> Tensor:
+        """(out, in) of one expert, where the bank is."""
+        return self.weight[expert]
+
 
 def make_bank(operations: Any, num_experts: int, in_features: int, out_features: int, **factory: Any) -> nn.Module:
     """A bank of the host's own kind where its operations have one (quantised files), else a plain one."""
@@ -74,16 +107,15 @@ def make_bank(operations: Any, num_experts: int, in_features: int, out_features:
 class Experts(nn.Module):
     """The routed experts as two banks."""
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int, operations: Any, **factory: Any):
+    def __init__(self, gate_and_up_proj: nn.Module, down_proj: nn.Module):
         super().__init__()
-        self.gate_and_up_proj = make_bank(operations, num_experts, hidden, 2 * intermediate, **factory)
-        self.down_proj = make_bank(operations, num_experts, intermediate, hidden, **factory)
+        self.gate_and_up_proj, self.down_proj = gate_and_up_proj, down_proj
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x (B, L, H), weights and chosen experts (B, L, k) -> (B, L, H)."""
         flat, shares, experts = x.reshape(-1, x.shape[-1]), weights.flatten(0, 1), chosen.flatten(0, 1)
-        summed = torch.zeros_like(flat)
-        with self.gate_and_up_proj.bank_resident(x), self.down_proj.bank_resident(x):
+        summed, few = torch.zeros_like(flat), 2 * experts.numel() <= self.down_proj.num_experts
+        with self.gate_and_up_proj.on_hand(x, few), self.down_proj.on_hand(x, few):
             for start in range(0, len(flat), TOKENS_AT_ONCE):
                 part = slice(start, start + TOKENS_AT_ONCE)
                 self._add(summed[part], flat[part], shares[part], experts[part], first=start, length=x.shape[1])
@@ -118,10 +150,9 @@ class SharedExpert(nn.Module):
 class Router(nn.Module):
     """Softmax over all experts, the best k renormalised to sum to one."""
 
-    def __init__(self, hidden: int, num_experts: int, top_k: int, operations: Any, **factory: Any):
+    def __init__(self, wg: nn.Module, top_k: int):
         super().__init__()
-        self.wg = operations.Linear(hidden, num_experts, bias=False, **factory)
-        self.top_k = top_k
+        self.wg, self.top_k = wg, top_k
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, H) -> weights and chosen experts, both (B, L, k)."""
@@ -144,9 +175,12 @@ class MixtureOfExperts(nn.Module):
         **factory: Any,
     ):
         super().__init__()
-        self.gate = Router(hidden, num_experts, top_k, operations, **factory)
+        self.gate = Router(operations.Linear(hidden, num_experts, bias=False, **factory), top_k)
         self.shared_mlp = SharedExpert(hidden, shared_intermediate or intermediate, operations, **factory)
-        self.experts = Experts(num_experts, hidden, intermediate, operations, **factory)
+        self.experts = Experts(
+            make_bank(operations, num_experts, hidden, 2 * intermediate, **factory),
+            make_bank(operations, num_experts, intermediate, hidden, **factory),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, H) -> (B, L, H)."""

@@ -85,7 +85,7 @@ def fit(picture: Tensor, size: Size, stretch: bool = False) -> Tensor:
     elif not stretch:
         covering = Size(round(size.width / width * height), size.width)
     if covering != (height, width):
-        picture = _resize(picture, covering)
+        picture = resize(picture, covering)
     top, left = (round((have - want) / 2) for have, want in zip(covering, size, strict=True))
     return picture[:, top : top + size.height, left : left + size.width]
 
@@ -105,6 +105,7 @@ def aligned_size(output: Size, sources: Iterable[Size], base: int) -> Size:
     return output
 
 
-def _resize(picture: Tensor, size: Size) -> Tensor:
+def resize(picture: Tensor, size: Size) -> Tensor:
+    """A picture (B, H, W, C) in [0, 1] by Pillow's Lanczos on 8-bit pixels."""
     steps = picture + 0.25 / 255  # the host truncates to 8 bits, and 255 * (k / 255) may lie just below k
     return comfy.utils.lanczos(steps.movedim(-1, 1), size.width, size.height).movedim(1, -1)

@@ -16,6 +16,7 @@ from ...condition import HIDDEN_STATES, Condition, ConditionPart
 from ...errors import ConditionError
 from .base_model import HostModel, working_memory
 from .edit import Edit
+from .foreign import borrow_decoder
 from .sequence import Sequence
 from .sizes import Size, buckets
 from .transformer import HunyuanImage3, Sources
@@ -25,9 +26,8 @@ class Reading(NamedTuple):
     """What one prefill tells about an edit."""
 
     condition: Condition
-    ratio_logits: Tensor  # (vocabulary,), of the token that would name the ratio
-    ratio: int  # index of the bucket that the model would choose
-    size: Size  # the one asked for, else that bucket
+    ratio_logits: Tensor | None  # (vocabulary,), of the token that would name the ratio; None: the MODEL has no head
+    size: Size  # the one asked for, else the bucket that the model would choose, else the first picture's
 
 
 class Prepared(NamedTuple):
@@ -50,12 +50,10 @@ def read_edit(model: comfy.model_patcher.ModelPatcher, edit: Edit) -> Reading:
     sequence = edit.ratio_sequence()
     ready = prepare(model, edit, sequence)
     hidden, _ = ready.decoder.prefill(ready.ids, sequence.layout, ready.sources, ready.dtype)
-    logits = ready.decoder.logits(hidden[:, -1:])[0, 0]
-    ratios = torch.tensor(edit.builder.tokenizer.special.ratios, device=logits.device)
-    ratio = int(logits[ratios].argmax())
+    logits = None if ready.decoder.lm_head is None else ready.decoder.logits(hidden[:, -1:])[0, 0].cpu()
     kept = hidden.to(comfy.model_management.intermediate_device(), torch.float32)
     condition = Condition((ConditionPart(HIDDEN_STATES, kept),), edit.request.prompt)
-    return Reading(condition, logits.cpu(), ratio, edit.size or buckets(edit.config.image_base_size)[ratio])
+    return Reading(condition, logits, edit.size or _chosen(edit, logits))
 
 
 def prepare(model: comfy.model_patcher.ModelPatcher, edit: Edit, sequence: Sequence, more_tokens: int = 0) -> Prepared:
@@ -65,18 +63,28 @@ def prepare(model: comfy.model_patcher.ModelPatcher, edit: Edit, sequence: Seque
         ConditionError: if the MODEL is another base.
     """
     base = model.model
-    if not isinstance(base, HostModel):
+    decoder = base.diffusion_model if isinstance(base, HostModel) else borrow_decoder(base.diffusion_model, edit.config)
+    if decoder is None or (decoder.lm_head is None and more_tokens):
         raise ConditionError(
-            f"This needs the MODEL of Load HunyuanImage-3, but a {type(base).__name__} is wired in. The condition of this "
-            "generator is what that base itself sees."
+            f"This needs the MODEL of Load HunyuanImage-3, but a {type(base).__name__} is wired in"
+            f"{' whose modules do not fit' if decoder is None else ' that has no head for text (lm_head)'}. What the "
+            "generator reads is what that base itself sees."
         )
     dtype, bare = base.get_dtype_inference(), without_loras(model)
-    room = working_memory(base.config, dtype, 1, sequence.layout.length + more_tokens)
+    room = working_memory(edit.config, dtype, 1, sequence.layout.length + more_tokens)
     comfy.model_management.load_models_gpu([bare], memory_required=room)
     device = bare.load_device
-    latents = tuple(base.process_latent_in(latent)[:, :, 0].to(device, dtype) for latent in edit.latents)
+    scale = edit.config.vae.scaling_factor
+    latents = tuple((latent * scale)[:, :, 0].to(device, dtype) for latent in edit.latents)
     vision = tuple(tokens.to(device, dtype) for tokens in edit.vision)
-    return Prepared(base.diffusion_model, torch.tensor([sequence.ids], device=device), Sources(latents, vision), dtype)
+    return Prepared(decoder, torch.tensor([sequence.ids], device=device), Sources(latents, vision), dtype)
+
+
+def _chosen(edit: Edit, logits: Tensor | None) -> Size:
+    if logits is None:
+        return edit.default_size
+    ratios = torch.tensor(edit.builder.tokenizer.special.ratios)
+    return buckets(edit.config.image_base_size)[int(logits[ratios].argmax())]
 
 
 def without_loras(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:

@@ -15,13 +15,14 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import BaseConfig, VisionConfig
+from .config import BaseConfig
 from .image_ends import Aligner
 from .sequence import Grid
 
-MEAN = STD = (0.5, 0.5, 0.5)
+MEAN = STD = 0.5
 
 
 class VisionTower(nn.Module):
@@ -63,12 +64,15 @@ class VisionTower(nn.Module):
 
 
 def preprocess(picture: Tensor, config: BaseConfig) -> tuple[Tensor, Grid]:
-    """A picture (1, height, width, 3) in [0, 1] of any size -> pixels (1, 3, height', width') and the grid of its patches."""
-    vision: VisionConfig = config.vision
-    pixels = comfy.clip_model.siglip2_preprocess(
-        picture, -1, vision.patch_size, config.max_num_patches, mean=MEAN, std=STD
-    )
-    return pixels, (pixels.shape[2] // vision.patch_size, pixels.shape[3] // vision.patch_size)
+    """A picture (1, height, width, 3) in [0, 1] of any size -> pixels (1, 3, height', width') and the grid of its patches.
+
+    The size is the host's rule. Pixels are scaled as 8-bit numbers, as in the reference: fractions of 255 round differently.
+    """
+    side = config.vision.patch_size
+    size = comfy.clip_model.siglip2_flex_calc_resolution(*picture.shape[1:3], side, config.max_num_patches)
+    levels = (picture.movedim(-1, 1) * 255).round()
+    levels = F.interpolate(levels, size=size, mode="bilinear", antialias=True).clamp(0, 255).round()
+    return (levels / 255 - MEAN) / STD, (size[0] // side, size[1] // side)
 
 
 def look(patcher: comfy.model_patcher.ModelPatcher, pixels: Tensor, dtype: torch.dtype) -> Tensor:
