@@ -248,8 +248,8 @@ def _check_banks(matched: tuple[Match, ...], base: torch.nn.Module) -> None:
         weight = base.diffusion_model.get_submodule(found.module).weight
         if found.pair.grouped and (theirs or isinstance(weight, QuantizedTensor)):
             raise MatchError(
-                f"{found.module} of this model is a {'foreign' if theirs else 'quantised'} bank of experts, which no LoRA can "
-                "be merged into. Use the mode bypass: it acts beside the weights, whatever they are stored as."
+                f"{found.module} of this model is a {'foreign' if theirs else 'quantised'} bank of experts, which no LoRA "
+                "can be merged into. Use the mode bypass: it acts beside the weights, whatever they are stored as."
             )
 
 

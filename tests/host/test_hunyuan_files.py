@@ -22,7 +22,9 @@ from hywu_core.bases.hunyuan_image3.convert import convert, verify
 from hywu_core.bases.hunyuan_image3.edit import to_conditioning
 from hywu_core.bases.hunyuan_image3.files import decoder_shapes, expert_keys, inspect_base
 from hywu_core.bases.hunyuan_image3.loader import load
+from hywu_core.bases.hunyuan_image3.moe import Rows
 from hywu_core.bases.hunyuan_image3.quantised import FORMATS, can_be_quantised
+from hywu_core.bases.hunyuan_image3.reason import Choice, generate
 from hywu_core.bases.hunyuan_image3.text_mode import read_edit
 from hywu_core.condition import assemble
 from hywu_core.errors import CheckpointError, MatchError, SaveError
@@ -341,3 +343,11 @@ def test_a_mark_that_cannot_be_read_is_refused(converted, tmp_path, told):
     save_file(state | {name: torch.tensor(list(told), dtype=torch.uint8)}, str(folder / "layer-1.safetensors"))
     with pytest.raises(CheckpointError, match=r"experts\.down_proj\.comfy_quant (is damaged|names the format 'mxfp8')"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_experts_brought_one_by_one_are_those_of_the_bank(edits, kind, monkeypatch):
+    model, edit = edits[kind]["model"], edits[kind]["edit"]
+    whole = generate(model, edit, "recaption", 1, Choice(), 6)
+    monkeypatch.setattr(Rows, "_is_elsewhere", lambda bank, x: True)
+    assert generate(model, edit, "recaption", 1, Choice(), 6) == whole
