@@ -98,6 +98,7 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
                     advanced=True,
                     tooltip="Only read by reference_compatible: its source pictures' latents are drawn with it.",
                 ),

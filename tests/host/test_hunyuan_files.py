@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # helpers of all tests
 import hunyuan_tiny as tiny
 
-from hywu_core import load_generator
+from hywu_core import InstanceLora, load_generator
 from hywu_core.bases.hunyuan_image3 import convert as conversion
 from hywu_core.bases.hunyuan_image3.convert import convert, verify
 from hywu_core.bases.hunyuan_image3.edit import to_conditioning
@@ -176,6 +176,28 @@ def test_merging_into_a_quantised_bank_is_refused(edits, kind):
         apply_lora(edits[kind]["model"], edits[kind]["generated"], 1.0, "merge")
     patched, _ = apply_lora(edits["base"]["model"], edits["base"]["generated"], 1.0, "merge")
     assert tiny.relative(sampled(patched, edits["base"]["edit"]), edits["base"]["latent"]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_quantised_linears_are_merged_into_as_the_host_does(edits, kind):
+    """W + B . A is rounded to the format again, and the base gets its own bits back."""
+    model, edit, lora = (edits[kind][part] for part in ("model", "edit", "generated"))
+    linears = InstanceLora({name: pair for name, pair in lora.factors.items() if "experts" not in name}, lora.scale)
+    merged, beside = (sampled(apply_lora(model, linears, 1.0, mode)[0], edit) for mode in ("merge", "bypass"))
+    assert 0.001 < tiny.relative(merged, beside) < BOUNDS[kind]["latent"]
+    assert torch.equal(sampled(model, edit), edits[kind]["plain"])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_activations_are_never_rounded(edits, converted, kind, monkeypatch):
+    """Also where the host could multiply in the format itself, which it would do if the files did not forbid it."""
+    for supported in ("supports_fp8_compute", "supports_nvfp4_compute"):
+        monkeypatch.setattr(comfy.model_management, supported, lambda device=None: True)
+    model, _, encoder = load(converted[kind])
+    layers = [module for module in model.model.diffusion_model.modules() if getattr(module, "layout_type", None)]
+    assert len(layers) == 6 * model.model.config.num_hidden_layers
+    assert all(layer._full_precision_mm and FORMATS[kind] not in layer._disabled_formats for layer in layers)
+    assert torch.equal(read_edit(model, tiny.golden_edit(encoder)).condition.parts[0].tokens, edits[kind]["condition"])
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -64,3 +64,16 @@ def test_the_template_browser_shows_it_with_its_picture(page):
 
 def test_nothing_of_the_pack_complains_in_the_browser(page):
     assert [error for error in page.errors if "hywu" in error.lower()] == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "workflows").glob("*.json")))
+def test_the_frontend_reads_every_template_as_the_server_tests_do(page, server, name):
+    """Widgets are saved by their order, and the frontend adds some of its own."""
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    queued = page.evaluate(
+        "workflow => app.loadGraphData(workflow).then(() => app.graphToPrompt()).then(prompt => prompt.output)", workflow
+    )
+    expected = to_api_format(workflow, server.get("/object_info"))
+    assert {node: found["inputs"] for node, found in queued.items() if found["class_type"] not in FRONTEND_ONLY} == {
+        node: made["inputs"] for node, made in expected.items()
+    }

@@ -141,10 +141,7 @@ def verify(target: str | Path, say: Say = print) -> None:
     """
     folder, sums = Path(target), read_sums(Path(target))
     damaged = []
-    for (
-        name,
-        expected,
-    ) in sums.items():  # before anything is understood: damage may lie where that would stumble over it
+    for name, expected in sums.items():  # before anything is understood: damage may lie where that would stumble
         intact = _intact(folder / name, expected)
         say(f"{name}: {'intact' if intact else 'DAMAGED'}")
         damaged += [] if intact else [name]
