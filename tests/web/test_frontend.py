@@ -71,7 +71,8 @@ def test_the_frontend_reads_every_template_as_the_server_tests_do(page, server, 
     """Widgets are saved by their order, and the frontend adds some of its own."""
     workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     queued = page.evaluate(
-        "workflow => app.loadGraphData(workflow).then(() => app.graphToPrompt()).then(prompt => prompt.output)", workflow
+        "workflow => app.loadGraphData(workflow).then(() => app.graphToPrompt()).then(prompt => prompt.output)",
+        workflow,
     )
     expected = to_api_format(workflow, server.get("/object_info"))
     assert {node: found["inputs"] for node, found in queued.items() if found["class_type"] not in FRONTEND_ONLY} == {

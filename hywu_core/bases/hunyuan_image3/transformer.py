@@ -127,12 +127,12 @@ class Decoder(nn.Module):
         """x (B, L, H) -> the last layer's output (B, L, H), and every layer's keys and values of the first `keep` tokens."""
         kept = []
         queue = comfy.model_prefetch.make_prefetch_queue(list(self.layers), x.device, options)
-        comfy.model_prefetch.prefetch_queue_pop(queue, x.device, None)
         for index, layer in enumerate(self.layers):
             comfy.model_prefetch.prefetch_queue_pop(queue, x.device, layer)
             x, own = layer(x, stretch, past[index] if past else None)
             if keep:
                 kept.append(tuple(part[:, :, :keep].clone() for part in own))
+        comfy.model_prefetch.prefetch_queue_pop(queue, x.device, None)
         return x, kept
 
 

@@ -1,0 +1,406 @@
+"""Sampling with HunyuanImage-3: the cache of the prefix, rows and batches, what is refused, and Instruct-Distil."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # helpers of all tests
+import hunyuan_tiny as tiny
+
+from hywu_core import load_generator
+from hywu_core.bases.hunyuan_image3 import prefix_cache, sizes, transformer
+from hywu_core.bases.hunyuan_image3.base_model import HostModel
+from hywu_core.bases.hunyuan_image3.edit import Wishes, for_sampler, from_conditioning, make_edit, to_conditioning
+from hywu_core.bases.hunyuan_image3.loader import load
+from hywu_core.bases.hunyuan_image3.text_mode import read_edit
+from hywu_core.condition import assemble
+from hywu_core.errors import ConditionError
+from hywu_core.host.apply import apply_lora
+
+BASE = 256
+CELLS = 14 * 18  # of the image that is generated
+PREFIX = 415  # tokens before its timestep
+SIGMAS = tiny.golden("base")["step0.sigma"]
+SAME = 1e-6  # relative L2
+
+
+class Stop(Exception):
+    """Raised by a test in the middle of a run."""
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_folder(tmp_path_factory.mktemp("hunyuan") / "base")
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    with torch.inference_mode():
+        model, _, encoder = load(folder, torch.float32)
+        edit = tiny.golden_edit(encoder)
+        generator = load_generator(tiny.FIXTURES / "pg_tiny")
+        lora = generator.generate(assemble(read_edit(model, edit).condition, generator.config))
+    return SimpleNamespace(model=model, encoder=encoder, edit=edit, lora=lora)
+
+
+@pytest.fixture(scope="module")
+def distil(folder, tmp_path_factory):
+    """The tiny base as Instruct-Distil, which embeds two more numbers."""
+    target = tiny.make_folder(tmp_path_factory.mktemp("distil") / "base")
+    config = json.loads((target / "config.json").read_text()) | {"cfg_distilled": True, "use_meanflow": True}
+    (target / "config.json").write_text(json.dumps(config))
+    tensors, source = load_file(target / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.startswith("timestep_emb.")]:
+        for other in ("guidance_emb", "timestep_r_emb"):
+            numbers = torch.randn(tensors[name].shape, generator=source).mul(0.2).to(tensors[name].dtype)
+            tensors[name.replace("timestep_emb", other)] = numbers
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    with torch.inference_mode():
+        model, _, encoder = load(target, torch.float32)
+        return SimpleNamespace(model=model, encoder=encoder, edit=tiny.golden_edit(encoder))
+
+
+@pytest.fixture
+def passes(base):
+    """(rows, tokens) of every run through the layers."""
+    seen = []
+    first = base.model.model.diffusion_model.model.layers[0]
+    handle = first.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """Every cache that a run was given; each remembers what it found and how full it was at most."""
+    made = []
+
+    class Watched(prefix_cache.PrefixCache):
+        def __init__(self):
+            super().__init__()
+            self.found, self.most = [], 0
+            made.append(self)
+
+        def find(self, key):
+            kept = super().find(key)
+            self.found.append(kept is not None)
+            return kept
+
+        def keep(self, key, layers):
+            super().keep(key, layers)
+            self.most = max(self.most, len(self))
+
+    monkeypatch.setattr(prefix_cache, "PrefixCache", Watched)
+    return made
+
+
+@pytest.fixture
+def uncached(monkeypatch):
+    """A context in which no run uses a cache."""
+
+    def sampled(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(transformer, "usable", lambda options: None)
+            return sample(*args, **kwargs)
+
+    return sampled
+
+
+@pytest.fixture
+def one_row_at_a_time(monkeypatch):
+    """Call this, and the host finds no room for two rows."""
+    return lambda: monkeypatch.setattr(HostModel, "memory_required", lambda *args, **kwargs: 1 << 60)
+
+
+def noise_of(batch=1, seed=0, grid=(14, 18)):
+    return torch.randn((batch, 8, 1, *grid), generator=torch.Generator().manual_seed(seed))
+
+
+def sample(model, edit, noise=None, cfg=2.5, callback=None, positive=None, negative=None):
+    noise = noise_of() if noise is None else noise
+    return comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        comfy.samplers.sampler_object("euler"),
+        SIGMAS,
+        positive or to_conditioning(edit),
+        negative or to_conditioning(edit._replace(unconditional=True)),
+        torch.zeros_like(noise),
+        callback=callback,
+        disable_pbar=True,
+    )
+
+
+def left_over(model):
+    """Whether anything of a cache is still reachable from a MODEL."""
+    return prefix_cache.KEY in model.model_options.get("transformer_options", {})
+
+
+def fails_at(step, error):
+    def callback(now, *_):
+        if now == step:
+            raise error
+
+    return callback
+
+
+def test_the_cache_changes_nothing(base, passes, caches, uncached):
+    cached, plain = sample(base.model, base.edit), uncached(base.model, base.edit)
+    assert tiny.relative(cached, plain) < SAME
+    assert caches[0].found == [False, True, True] and not caches[1].found
+    whole, image = (2, PREFIX + 1 + CELLS), (2, 1 + CELLS)  # later steps: the timestep and the image
+    assert passes == [whole, image, image, whole, whole, whole]
+
+
+@pytest.mark.parametrize("patch", ["attn1_patch", "double_block"])
+def test_a_patch_on_the_model_turns_the_cache_off(base, passes, caches, patch):
+    patched = base.model.clone()
+    patched.set_model_patch(lambda *args: args, patch)
+    assert tiny.relative(sample(patched, base.edit), sample(base.model, base.edit)) < SAME
+    assert [tokens for _, tokens in passes[:3]] == [PREFIX + 1 + CELLS] * 3
+    assert not caches[0].found and caches[1].found
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_the_cache_changes_nothing_with_a_lora(base, passes, uncached, mode):
+    patched, _ = apply_lora(base.model, base.lora, 1.0, mode)
+    cached, plain = sample(patched, base.edit), uncached(patched, base.edit)
+    assert tiny.relative(cached, plain) < SAME
+    assert [tokens for _, tokens in passes[:3]] == [PREFIX + 1 + CELLS, 1 + CELLS, 1 + CELLS]
+    assert tiny.relative(cached, sample(base.model, base.edit)) > 0.1
+
+
+def test_a_lora_that_ends_early_takes_its_prefix_with_it(base, passes, caches, uncached):
+    patched, _ = apply_lora(base.model, base.lora, 1.0, "bypass", end=0.4)
+    cached, plain = sample(patched, base.edit), uncached(patched, base.edit)
+    assert tiny.relative(cached, plain) < SAME
+    assert caches[0].found == [False, True, False]  # computed again where the LoRA has ended
+    assert [tokens for _, tokens in passes[:3]] == [PREFIX + 1 + CELLS, 1 + CELLS, PREFIX + 1 + CELLS]
+    always = sample(apply_lora(base.model, base.lora, 1.0, "bypass")[0], base.edit)
+    assert tiny.relative(cached, always) > 1e-3 and tiny.relative(cached, sample(base.model, base.edit)) > 1e-3
+
+
+def test_no_cache_outlives_its_run(base, caches):
+    sample(base.model, base.edit)
+    assert caches[0].most == 1 and not len(caches[0]) and not left_over(base.model)
+    sample(base.model, base.edit)
+    assert len(caches) == 2 and not caches[1].found[0]
+
+
+def test_no_cache_outlives_an_exception(base, caches):
+    expected = sample(base.model, base.edit)
+    with pytest.raises(Stop):
+        sample(base.model, base.edit, callback=fails_at(1, Stop()))
+    assert caches[1].most == 1 and not len(caches[1]) and not left_over(base.model)
+    assert torch.equal(sample(base.model, base.edit), expected)
+
+
+def test_no_cache_outlives_an_exception_inside_the_model(base, caches, monkeypatch):
+    expected = sample(base.model, base.edit)
+    decoder, calls = base.model.model.diffusion_model, []
+
+    def fail(module, inputs):
+        calls.append(module)
+        if len(calls) == 2:
+            raise Stop
+
+    handle = decoder.final_layer.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(Stop):
+            sample(base.model, base.edit)
+    finally:
+        handle.remove()
+    assert caches[1].found == [False, True] and not len(caches[1]) and not left_over(base.model)
+    assert torch.equal(sample(base.model, base.edit), expected)
+
+
+@pytest.mark.parametrize("mode", [None, "bypass", "merge"])
+def test_no_cache_outlives_a_cancel(base, caches, mode):
+    expected = sample(base.model, base.edit)
+    patched = base.model if mode is None else apply_lora(base.model, base.lora, 1.0, mode)[0]
+
+    def press(step, *_):
+        comfy.model_management.interrupt_current_processing(step == 0)
+
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(patched, base.edit, callback=press)
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+    assert caches[1].most == 1 and not len(caches[1]) and not left_over(patched)
+    assert torch.equal(sample(base.model, base.edit), expected)
+
+
+def test_rows_one_at_a_time_give_the_same(base, passes, caches, one_row_at_a_time):
+    together = sample(base.model, base.edit)
+    one_row_at_a_time()
+    assert tiny.relative(sample(base.model, base.edit), together) < SAME
+    assert [rows for rows, _ in passes] == [2] * 3 + [1] * 6
+    assert caches[1].most == 2 and caches[1].found == [False] * 2 + [True] * 4
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_a_batch_of_two_equals_two_runs(base, mode):
+    patched, _ = apply_lora(base.model, base.lora, 1.0, mode)
+    noise = noise_of(2)
+    both = sample(patched, base.edit, noise)
+    for index in range(2):
+        alone = sample(patched, base.edit, noise[index : index + 1])
+        assert tiny.relative(both[index : index + 1], alone) < SAME
+    assert tiny.relative(both[:1], both[1:]) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_every_layer_offloaded_gives_the_same(base, mode, monkeypatch):
+    """The host as with --novram: weights and adapters are brought to the device for each forward."""
+    patched, _ = apply_lora(base.model, base.lora, 1.0, mode)
+    expected, bare = sample(patched, base.edit), sample(base.model, base.edit)
+    condition = read_edit(base.model, base.edit).condition.parts[0].tokens
+    comfy.model_management.unload_all_models()
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    assert tiny.relative(sample(patched, base.edit), expected) < SAME
+    assert not any(model.model_loaded_memory() for model in comfy.model_management.current_loaded_models)
+    assert torch.equal(read_edit(patched, base.edit).condition.parts[0].tokens, condition)
+    assert tiny.relative(sample(base.model, base.edit), bare) < SAME
+    comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize("place", ["positive", "negative"])
+def test_a_foreign_conditioning_is_refused(base, caches, place):
+    with pytest.raises(ConditionError, match="only the node HunyuanImage-3 Edit makes"):
+        sample(base.model, base.edit, **{place: [[torch.zeros(1, 4, 8), {"pooled_output": None}]]})
+    assert not left_over(base.model)
+
+
+def test_only_one_conditioning_of_ours_is_read(base):
+    ours, foreign = to_conditioning(base.edit), [[torch.zeros(1, 4, 8), {}]]
+    assert from_conditioning(ours) is base.edit
+    for wrong in ([], foreign, [*ours, *ours], [*ours, *foreign]):
+        with pytest.raises(ConditionError, match="one CONDITIONING from the node HunyuanImage-3 Edit"):
+            from_conditioning(wrong)
+
+
+def test_too_many_tokens_are_refused(base):
+    config = base.encoder.config
+    for limit in (
+        dataclasses.replace(config, max_position_embeddings=413),
+        dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, max_length=413)),
+    ):
+        edit = base.edit._replace(config=limit)
+        with pytest.raises(ConditionError, match="takes 672 tokens, but the model reads at most 413"):
+            sample(base.model, edit)
+        with pytest.raises(ConditionError, match="takes 414 tokens, but the model reads at most 413"):
+            read_edit(base.model, edit)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_other_numbers_of_pictures(base, uncached, count):
+    pictures = [tiny.picture(), torch.rand(1, 300, 200, 3)][:count]
+    edit = make_edit(base.encoder, "swap the hat", pictures, Wishes(size="1:1"))
+    positive, negative, latent = for_sampler(edit)
+    noise = noise_of(1, 0, latent["samples"].shape[-2:])
+    found = sample(base.model, edit, noise, positive=positive, negative=negative)
+    assert found.shape == latent["samples"].shape and found.isfinite().all()
+    assert tiny.relative(found, uncached(base.model, edit, noise)) < SAME
+    assert len(edit.latents) == len(edit.request.pictures) == count
+    assert read_edit(base.model, edit).condition.parts[0].tokens.shape[1] == edit.ratio_sequence().layout.length
+
+
+def test_pictures_come_in_their_order(base):
+    first, second = tiny.picture(), torch.rand(1, 300, 200, 3)
+    forth, back = (make_edit(base.encoder, "swap", pictures) for pictures in ([first, second], [second, first]))
+    assert forth.request.pictures == back.request.pictures[::-1]
+    assert all(torch.equal(*pair) for pair in zip(forth.latents, back.latents[::-1], strict=True))
+    batched = make_edit(base.encoder, "swap", [torch.cat((first, first))])
+    assert batched.request.pictures == forth.request.pictures[:1] * 2
+
+
+def test_an_edit_that_cannot_be_is_refused(base):
+    picture = tiny.picture()
+    for prompt, pictures, wishes, message in (
+        ("  ", [picture], None, "instruction is empty"),
+        ("x", [picture] * 4, None, "4 source pictures, but the model reads at most 3"),
+        ("x", [torch.cat([picture] * 4)], None, "4 source pictures"),
+        ("x", [picture], Wishes(size="large"), "'large' is no size"),
+    ):
+        with pytest.raises(ConditionError, match=message):
+            make_edit(base.encoder, prompt, pictures, wishes)
+    with pytest.raises(ConditionError, match=r"no system_prompt\.py"):
+        make_edit(base.encoder._replace(system_prompt=None), "x", [picture])
+    assert make_edit(base.encoder._replace(system_prompt=None), "x", [picture], Wishes(system_prompt="Mine.")).request
+
+
+def test_the_latent_has_the_size_asked_for(base):
+    picture, table = tiny.picture(), sizes.buckets(BASE)
+    for wishes, pictures, size in (
+        (Wishes(), [picture], table[15]),  # the first picture's
+        (Wishes(), [], sizes.Size(BASE, BASE)),
+        (Wishes(size="224x288", batch=3), [picture], table[14]),
+    ):
+        edit = make_edit(base.encoder, "x", pictures, wishes)
+        positive, negative, latent = for_sampler(edit)
+        assert latent["samples"].shape == (wishes.batch, 8, 1, size.height // 16, size.width // 16)
+        assert from_conditioning(positive) is edit and from_conditioning(negative).unconditional
+        read = read_edit(base.model, edit)
+        assert read.size == size if wishes.size != "auto" else read.size in table
+
+
+def test_reference_compatible_draws_latents_and_answers_empty_reasoning(base):
+    picture = tiny.picture()
+    mean, again, drawn, same, other = (
+        make_edit(base.encoder, "x", [picture], Wishes("", "224x288", "auto", seed, compatible))
+        for compatible, seed in ((False, 1), (False, 2), (True, 1), (True, 1), (True, 2))
+    )
+    assert torch.equal(mean.latents[0], again.latents[0]) and torch.equal(drawn.latents[0], same.latents[0])
+    assert not torch.equal(drawn.latents[0], other.latents[0]) and not torch.equal(drawn.latents[0], mean.latents[0])
+    assert mean.request.reasoning is None and drawn.request.reasoning == ""
+    answer = base.encoder.builder.tokenizer.encode("<answer></answer>")
+    bare, answered = mean.ratio_sequence().ids, drawn.ratio_sequence().ids
+    assert answered == (*bare[:-3], *answer, *bare[-3:])
+
+
+def test_distil_reacts_to_guidance_and_to_the_next_timestep(distil, monkeypatch):
+    def guided(scale):
+        options = {} if scale is None else {"guidance": scale}
+        positive = [[tensor, {**found, **options}] for tensor, found in to_conditioning(distil.edit)]
+        return sample(distil.model, distil.edit, cfg=1.0, positive=positive)
+
+    default, weak, released = guided(None), guided(1.0), guided(2.5)
+    assert default.isfinite().all() and torch.equal(default, released)
+    assert tiny.relative(weak, released) > 1e-4
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "_next_timesteps", lambda timesteps, options: torch.zeros_like(timesteps))
+        assert tiny.relative(guided(2.5), released) > 1e-4
+    patched = distil.edit.sequence((14, 18)).layout.image
+    assert (patched.guidance, patched.timestep_r, patched.image.start) == tuple(patched.timestep + n for n in (1, 2, 3))
+
+
+def test_distils_cache_changes_nothing(distil, uncached):
+    cached = sample(distil.model, distil.edit, cfg=1.0)
+    assert tiny.relative(cached, uncached(distil.model, distil.edit, cfg=1.0)) < SAME
+
+
+def test_distil_is_told_where_the_sampler_goes():
+    options = {"sample_sigmas": SIGMAS}
+    schedule = [1000 * float(sigma) for sigma in SIGMAS]
+    for now, following in zip(schedule, [*schedule[1:], 0.0], strict=True):
+        found = transformer._next_timesteps(torch.tensor([now, now]), options)
+        torch.testing.assert_close(found, torch.tensor([following] * 2), atol=1e-2, rtol=0)
+    assert not transformer._next_timesteps(torch.tensor([500.0]), {}).any()
