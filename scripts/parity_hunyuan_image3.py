@@ -82,7 +82,7 @@ def read_overrides(arguments: argparse.Namespace):
     patches = tensors(arguments.vit_pixels)
     shapes = patches.pop("spatial_shapes", None) if patches else None
     return Overrides(
-        noise=next(iter(noise.values())).reshape(1, *next(iter(noise.values())).shape[-3:]) if noise else None,
+        noise=one_each(noise, 3)[0] if noise else None,
         latents=one_each(latents, 3) if latents else None,
         patches=one_each(patches, 2) if patches else None,
         grids=tuple(tuple(row) for row in shapes.reshape(-1, 2).tolist()) if shapes is not None else None,

@@ -33,7 +33,7 @@ SIGMAS = tiny.golden("base")["step0.sigma"]
 SAME = 1e-6  # relative L2
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Raised by a test in the middle of a run."""
 
 
@@ -127,8 +127,8 @@ def one_row_at_a_time(monkeypatch):
     return lambda: monkeypatch.setattr(HostModel, "memory_required", lambda *args, **kwargs: 1 << 60)
 
 
-def noise_of(batch=1, seed=0, grid=(14, 18)):
-    return torch.randn((batch, 8, 1, *grid), generator=torch.Generator().manual_seed(seed))
+def noise_of(batch=1, grid=(14, 18)):
+    return torch.randn((batch, 8, 1, *grid), generator=torch.Generator().manual_seed(0))
 
 
 def sample(model, edit, noise=None, cfg=2.5, callback=None, positive=None, negative=None):
@@ -147,17 +147,9 @@ def sample(model, edit, noise=None, cfg=2.5, callback=None, positive=None, negat
     )
 
 
-def left_over(model):
-    """Whether anything of a cache is still reachable from a MODEL."""
-    return prefix_cache.KEY in model.model_options.get("transformer_options", {})
-
-
-def fails_at(step, error):
-    def callback(now, *_):
-        if now == step:
-            raise error
-
-    return callback
+def gone(cache, model):
+    """Whether nothing of a cache is reachable any more."""
+    return not len(cache) and prefix_cache.KEY not in model.model_options.get("transformer_options", {})
 
 
 def test_the_cache_changes_nothing(base, passes, caches, uncached):
@@ -198,35 +190,40 @@ def test_a_lora_that_ends_early_takes_its_prefix_with_it(base, passes, caches, u
 
 def test_no_cache_outlives_its_run(base, caches):
     sample(base.model, base.edit)
-    assert caches[0].most == 1 and not len(caches[0]) and not left_over(base.model)
+    assert caches[0].most == 1 and gone(caches[0], base.model)
     sample(base.model, base.edit)
     assert len(caches) == 2 and not caches[1].found[0]
 
 
 def test_no_cache_outlives_an_exception(base, caches):
     expected = sample(base.model, base.edit)
-    with pytest.raises(Stop):
-        sample(base.model, base.edit, callback=fails_at(1, Stop()))
-    assert caches[1].most == 1 and not len(caches[1]) and not left_over(base.model)
+
+    def fail(step, *_):
+        if step == 1:
+            raise StopError
+
+    with pytest.raises(StopError):
+        sample(base.model, base.edit, callback=fail)
+    assert caches[1].most == 1 and gone(caches[1], base.model)
     assert torch.equal(sample(base.model, base.edit), expected)
 
 
-def test_no_cache_outlives_an_exception_inside_the_model(base, caches, monkeypatch):
+def test_no_cache_outlives_an_exception_inside_the_model(base, caches):
     expected = sample(base.model, base.edit)
     decoder, calls = base.model.model.diffusion_model, []
 
     def fail(module, inputs):
         calls.append(module)
         if len(calls) == 2:
-            raise Stop
+            raise StopError
 
     handle = decoder.final_layer.register_forward_pre_hook(fail)
     try:
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             sample(base.model, base.edit)
     finally:
         handle.remove()
-    assert caches[1].found == [False, True] and not len(caches[1]) and not left_over(base.model)
+    assert caches[1].found == [False, True] and gone(caches[1], base.model)
     assert torch.equal(sample(base.model, base.edit), expected)
 
 
@@ -243,7 +240,7 @@ def test_no_cache_outlives_a_cancel(base, caches, mode):
             sample(patched, base.edit, callback=press)
     finally:
         comfy.model_management.interrupt_current_processing(False)
-    assert caches[1].most == 1 and not len(caches[1]) and not left_over(patched)
+    assert caches[1].most == 1 and gone(caches[1], patched)
     assert torch.equal(sample(base.model, base.edit), expected)
 
 
@@ -286,12 +283,11 @@ def test_every_layer_offloaded_gives_the_same(base, mode, monkeypatch):
 def test_a_foreign_conditioning_is_refused(base, caches, place):
     with pytest.raises(ConditionError, match="only the node HunyuanImage-3 Edit makes"):
         sample(base.model, base.edit, **{place: [[torch.zeros(1, 4, 8), {"pooled_output": None}]]})
-    assert not left_over(base.model)
+    assert all(gone(cache, base.model) for cache in caches)
 
 
 def test_only_one_conditioning_of_ours_is_read(base):
     ours, foreign = to_conditioning(base.edit), [[torch.zeros(1, 4, 8), {}]]
-    assert from_conditioning(ours) is base.edit
     for wrong in ([], foreign, [*ours, *ours], [*ours, *foreign]):
         with pytest.raises(ConditionError, match="one CONDITIONING from the node HunyuanImage-3 Edit"):
             from_conditioning(wrong)
@@ -299,12 +295,10 @@ def test_only_one_conditioning_of_ours_is_read(base):
 
 def test_too_many_tokens_are_refused(base):
     config = base.encoder.config
-    for limit in (
-        dataclasses.replace(config, max_position_embeddings=413),
-        dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, max_length=413)),
-    ):
-        edit = base.edit._replace(config=limit)
-        with pytest.raises(ConditionError, match="takes 672 tokens, but the model reads at most 413"):
+    sampling = dataclasses.replace(config.sampling, max_length=413)
+    for changed in ({"max_position_embeddings": 413}, {"sampling": sampling}):
+        edit = base.edit._replace(config=dataclasses.replace(config, **changed))
+        with pytest.raises(ConditionError, match=r"takes \d+ tokens, but the model reads at most 413"):
             sample(base.model, edit)
         with pytest.raises(ConditionError, match="takes 414 tokens, but the model reads at most 413"):
             read_edit(base.model, edit)
@@ -315,7 +309,7 @@ def test_other_numbers_of_pictures(base, uncached, count):
     pictures = [tiny.picture(), torch.rand(1, 300, 200, 3)][:count]
     edit = make_edit(base.encoder, "swap the hat", pictures, Wishes(size="1:1"))
     positive, negative, latent = for_sampler(edit)
-    noise = noise_of(1, 0, latent["samples"].shape[-2:])
+    noise = noise_of(grid=latent["samples"].shape[-2:])
     found = sample(base.model, edit, noise, positive=positive, negative=negative)
     assert found.shape == latent["samples"].shape and found.isfinite().all()
     assert tiny.relative(found, uncached(base.model, edit, noise)) < SAME
@@ -388,8 +382,8 @@ def test_distil_reacts_to_guidance_and_to_the_next_timestep(distil, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(transformer, "_next_timesteps", lambda timesteps, options: torch.zeros_like(timesteps))
         assert tiny.relative(guided(2.5), released) > 1e-4
-    patched = distil.edit.sequence((14, 18)).layout.image
-    assert (patched.guidance, patched.timestep_r, patched.image.start) == tuple(patched.timestep + n for n in (1, 2, 3))
+    image = distil.edit.sequence((14, 18)).layout.image
+    assert (image.guidance, image.timestep_r, image.image.start) == tuple(image.timestep + n for n in (1, 2, 3))
 
 
 def test_distils_cache_changes_nothing(distil, uncached):

@@ -81,7 +81,7 @@ class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
     def bank_resident(self, x: Tensor) -> Iterator[None]:
         """For the time of the block, the whole bank is where x is."""
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-        self._resident = weight
+        object.__setattr__(self, "_resident", weight)  # not as one more parameter of the module
         try:
             yield
         finally:
