@@ -116,7 +116,7 @@ def test_a_lora_acts_in_its_own_forward_and_leaves_no_trace(setting):
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
     their_mlp, our_mlp = (model.model.diffusion_model.model.layers[1].mlp for model in (theirs, ours))
     before = their_mlp(x)
-    assert relative(before, our_mlp(x)) < 1e-6
+    assert relative(before, our_mlp(x)) < 5e-6
     on_theirs, report = apply_lora(theirs, lora, 1.0)
     on_ours, _ = apply_lora(ours, lora, 1.0)
     assert str(report) == f"matched {report.total}/{report.total} targets"
@@ -124,7 +124,7 @@ def test_a_lora_acts_in_its_own_forward_and_leaves_no_trace(setting):
     for model, mlp in ((on_theirs, their_mlp), (on_ours, our_mlp)):
         with beside(model.model.diffusion_model, applied_loras(model)):
             outputs.append(mlp(x))
-    assert relative(*outputs) < 1e-6
+    assert relative(*outputs) < 5e-6
     assert relative(outputs[0], before) > 0.05
     assert torch.equal(their_mlp(x), before) and "forward" not in vars(their_mlp)
 

@@ -1,8 +1,10 @@
 """Sampling with HunyuanImage-3: the cache of the prefix, rows and batches, what is refused, and Instruct-Distil."""
 
 import dataclasses
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +29,10 @@ from hywu_core.errors import ConditionError
 from hywu_core.host.apply import apply_lora
 
 BASE = 256
-CELLS = 14 * 18  # of the image that is generated
-PREFIX = 415  # tokens before its timestep
+PREFIX, CELLS = 415, 14 * 18  # tokens before the timestep, and of the image that is generated
 SIGMAS = tiny.golden("base")["step0.sigma"]
-SAME = 1e-6  # relative L2
+SAME = 5e-6  # relative L2
+ROUNDING = 5e-5  # of the same sum in another order, which the steps enlarge
 
 
 class StopError(Exception):
@@ -55,7 +57,8 @@ def base(folder):
         edit = tiny.golden_edit(encoder)
         generator = load_generator(tiny.FIXTURES / "pg_tiny")
         lora = generator.generate(assemble(read_edit(model, edit).condition, generator.config))
-    return SimpleNamespace(model=model, encoder=encoder, edit=edit, lora=lora)
+    weights = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    return SimpleNamespace(model=model, encoder=encoder, edit=edit, lora=lora, weights=weights)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def caches(monkeypatch):
     class Watched(prefix_cache.PrefixCache):
         def __init__(self):
             super().__init__()
-            self.found, self.most = [], 0
+            self.found, self.most, self.tensors = [], 0, []
             made.append(self)
 
         def find(self, key):
@@ -104,27 +107,10 @@ def caches(monkeypatch):
         def keep(self, key, layers):
             super().keep(key, layers)
             self.most = max(self.most, len(self))
+            self.tensors += [weakref.ref(tensor) for pair in layers for tensor in pair]
 
     monkeypatch.setattr(prefix_cache, "PrefixCache", Watched)
     return made
-
-
-@pytest.fixture
-def uncached(monkeypatch):
-    """A context in which no run uses a cache."""
-
-    def sampled(*args, **kwargs):
-        with monkeypatch.context() as patch:
-            patch.setattr(transformer, "usable", lambda options: None)
-            return sample(*args, **kwargs)
-
-    return sampled
-
-
-@pytest.fixture
-def one_row_at_a_time(monkeypatch):
-    """Call this, and the host finds no room for two rows."""
-    return lambda: monkeypatch.setattr(HostModel, "memory_required", lambda *args, **kwargs: 1 << 60)
 
 
 def noise_of(batch=1, grid=(14, 18)):
@@ -149,10 +135,19 @@ def sample(model, edit, noise=None, cfg=2.5, callback=None, positive=None, negat
 
 def gone(cache, model):
     """Whether nothing of a cache is reachable any more."""
-    return not len(cache) and prefix_cache.KEY not in model.model_options.get("transformer_options", {})
+    gc.collect()
+    held = prefix_cache.KEY in model.model_options.get("transformer_options", {})
+    return not (held or len(cache) or any(tensor() is not None for tensor in cache.tensors))
 
 
-def test_the_cache_changes_nothing(base, passes, caches, uncached):
+def uncached(*args, **kwargs):
+    """The same without a cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "usable", lambda options: None)
+        return sample(*args, **kwargs)
+
+
+def test_the_cache_changes_nothing(base, passes, caches):
     cached, plain = sample(base.model, base.edit), uncached(base.model, base.edit)
     assert tiny.relative(cached, plain) < SAME
     assert caches[0].found == [False, True, True] and not caches[1].found
@@ -170,7 +165,7 @@ def test_a_patch_on_the_model_turns_the_cache_off(base, passes, caches, patch):
 
 
 @pytest.mark.parametrize("mode", ["bypass", "merge"])
-def test_the_cache_changes_nothing_with_a_lora(base, passes, uncached, mode):
+def test_the_cache_changes_nothing_with_a_lora(base, passes, mode):
     patched, _ = apply_lora(base.model, base.lora, 1.0, mode)
     cached, plain = sample(patched, base.edit), uncached(patched, base.edit)
     assert tiny.relative(cached, plain) < SAME
@@ -178,7 +173,7 @@ def test_the_cache_changes_nothing_with_a_lora(base, passes, uncached, mode):
     assert tiny.relative(cached, sample(base.model, base.edit)) > 0.1
 
 
-def test_a_lora_that_ends_early_takes_its_prefix_with_it(base, passes, caches, uncached):
+def test_a_lora_that_ends_early_takes_its_prefix_with_it(base, passes, caches):
     patched, _ = apply_lora(base.model, base.lora, 1.0, "bypass", end=0.4)
     cached, plain = sample(patched, base.edit), uncached(patched, base.edit)
     assert tiny.relative(cached, plain) < SAME
@@ -186,6 +181,15 @@ def test_a_lora_that_ends_early_takes_its_prefix_with_it(base, passes, caches, u
     assert [tokens for _, tokens in passes[:3]] == [PREFIX + 1 + CELLS, 1 + CELLS, PREFIX + 1 + CELLS]
     always = sample(apply_lora(base.model, base.lora, 1.0, "bypass")[0], base.edit)
     assert tiny.relative(cached, always) > 1e-3 and tiny.relative(cached, sample(base.model, base.edit)) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_strengths_of_stacked_loras_add_up(base, mode):
+    half, _ = apply_lora(base.model, base.lora, 0.5, mode)
+    twice, _ = apply_lora(half, base.lora, 0.5, "bypass")
+    found, whole = sample(twice, base.edit), sample(apply_lora(base.model, base.lora, 1.0, "bypass")[0], base.edit)
+    assert tiny.relative(found, whole) < ROUNDING < 1e-3 < tiny.relative(found, sample(half, base.edit))
+    assert tiny.relative(found, uncached(twice, base.edit)) < SAME
 
 
 def test_no_cache_outlives_its_run(base, caches):
@@ -196,19 +200,6 @@ def test_no_cache_outlives_its_run(base, caches):
 
 
 def test_no_cache_outlives_an_exception(base, caches):
-    expected = sample(base.model, base.edit)
-
-    def fail(step, *_):
-        if step == 1:
-            raise StopError
-
-    with pytest.raises(StopError):
-        sample(base.model, base.edit, callback=fail)
-    assert caches[1].most == 1 and gone(caches[1], base.model)
-    assert torch.equal(sample(base.model, base.edit), expected)
-
-
-def test_no_cache_outlives_an_exception_inside_the_model(base, caches):
     expected = sample(base.model, base.edit)
     decoder, calls = base.model.model.diffusion_model, []
 
@@ -244,9 +235,9 @@ def test_no_cache_outlives_a_cancel(base, caches, mode):
     assert torch.equal(sample(base.model, base.edit), expected)
 
 
-def test_rows_one_at_a_time_give_the_same(base, passes, caches, one_row_at_a_time):
+def test_rows_one_at_a_time_give_the_same(base, passes, caches, monkeypatch):
     together = sample(base.model, base.edit)
-    one_row_at_a_time()
+    monkeypatch.setattr(HostModel, "memory_required", lambda *args, **kwargs: 1 << 60)  # no room for two
     assert tiny.relative(sample(base.model, base.edit), together) < SAME
     assert [rows for rows, _ in passes] == [2] * 3 + [1] * 6
     assert caches[1].most == 2 and caches[1].found == [False] * 2 + [True] * 4
@@ -293,19 +284,17 @@ def test_only_one_conditioning_of_ours_is_read(base):
             from_conditioning(wrong)
 
 
-def test_too_many_tokens_are_refused(base):
+@pytest.mark.parametrize("run, limit, tokens", [(sample, 671, 672), (sample, 413, 672), (read_edit, 413, 414)])
+def test_too_many_tokens_are_refused(base, run, limit, tokens):
     config = base.encoder.config
-    sampling = dataclasses.replace(config.sampling, max_length=413)
-    for changed in ({"max_position_embeddings": 413}, {"sampling": sampling}):
-        edit = base.edit._replace(config=dataclasses.replace(config, **changed))
-        with pytest.raises(ConditionError, match=r"takes \d+ tokens, but the model reads at most 413"):
-            sample(base.model, edit)
-        with pytest.raises(ConditionError, match="takes 414 tokens, but the model reads at most 413"):
-            read_edit(base.model, edit)
+    sampling = dataclasses.replace(config.sampling, max_length=limit)
+    for changed in ({"max_position_embeddings": limit}, {"sampling": sampling}):
+        with pytest.raises(ConditionError, match=f"takes {tokens} tokens, but the model reads at most {limit}"):
+            run(base.model, base.edit._replace(config=dataclasses.replace(config, **changed)))
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_other_numbers_of_pictures(base, uncached, count):
+def test_other_numbers_of_pictures(base, count):
     pictures = [tiny.picture(), torch.rand(1, 300, 200, 3)][:count]
     edit = make_edit(base.encoder, "swap the hat", pictures, Wishes(size="1:1"))
     positive, negative, latent = for_sampler(edit)
@@ -317,7 +306,8 @@ def test_other_numbers_of_pictures(base, uncached, count):
     assert read_edit(base.model, edit).condition.parts[0].tokens.shape[1] == edit.ratio_sequence().layout.length
 
 
-def test_pictures_come_in_their_order(base):
+def test_pictures_come_in_their_order(base, monkeypatch):
+    monkeypatch.setattr(base.encoder.vae, "encode", lambda pixels: pixels[:, ::16, ::16].movedim(-1, 1).unsqueeze(2))
     first, second = tiny.picture(), torch.rand(1, 300, 200, 3)
     forth, back = (make_edit(base.encoder, "swap", pictures) for pictures in ([first, second], [second, first]))
     assert forth.request.pictures == back.request.pictures[::-1]
@@ -336,9 +326,15 @@ def test_an_edit_that_cannot_be_is_refused(base):
     ):
         with pytest.raises(ConditionError, match=message):
             make_edit(base.encoder, prompt, pictures, wishes)
+
+
+def test_a_base_without_a_system_prompt_needs_one_in_the_edit(tmp_path):
+    folder = tiny.make_folder(tmp_path / "base")
+    (folder / "system_prompt.py").unlink()
+    silent = load(folder, torch.float32)[2]
     with pytest.raises(ConditionError, match=r"no system_prompt\.py"):
-        make_edit(base.encoder._replace(system_prompt=None), "x", [picture])
-    assert make_edit(base.encoder._replace(system_prompt=None), "x", [picture], Wishes(system_prompt="Mine.")).request
+        make_edit(silent, "x", [])
+    assert make_edit(silent, "x", [], Wishes(system_prompt="Mine.")).request.system_prompt == "Mine."
 
 
 def test_the_latent_has_the_size_asked_for(base):
@@ -352,8 +348,7 @@ def test_the_latent_has_the_size_asked_for(base):
         positive, negative, latent = for_sampler(edit)
         assert latent["samples"].shape == (wishes.batch, 8, 1, size.height // 16, size.width // 16)
         assert from_conditioning(positive) is edit and from_conditioning(negative).unconditional
-        read = read_edit(base.model, edit)
-        assert read.size == size if wishes.size != "auto" else read.size in table
+        assert read_edit(base.model, edit).size in (table if wishes.size == "auto" else [size])
 
 
 def test_reference_compatible_draws_latents_and_answers_empty_reasoning(base):
@@ -378,17 +373,13 @@ def test_distil_reacts_to_guidance_and_to_the_next_timestep(distil, monkeypatch)
 
     default, weak, released = guided(None), guided(1.0), guided(2.5)
     assert default.isfinite().all() and torch.equal(default, released)
+    assert tiny.relative(released, uncached(distil.model, distil.edit, cfg=1.0)) < SAME
     assert tiny.relative(weak, released) > 1e-4
     with monkeypatch.context() as patch:
         patch.setattr(transformer, "_next_timesteps", lambda timesteps, options: torch.zeros_like(timesteps))
         assert tiny.relative(guided(2.5), released) > 1e-4
     image = distil.edit.sequence((14, 18)).layout.image
     assert (image.guidance, image.timestep_r, image.image.start) == tuple(image.timestep + n for n in (1, 2, 3))
-
-
-def test_distils_cache_changes_nothing(distil, uncached):
-    cached = sample(distil.model, distil.edit, cfg=1.0)
-    assert tiny.relative(cached, uncached(distil.model, distil.edit, cfg=1.0)) < SAME
 
 
 def test_distil_is_told_where_the_sampler_goes():
@@ -398,3 +389,10 @@ def test_distil_is_told_where_the_sampler_goes():
         found = transformer._next_timesteps(torch.tensor([now, now]), options)
         torch.testing.assert_close(found, torch.tensor([following] * 2), atol=1e-2, rtol=0)
     assert not transformer._next_timesteps(torch.tensor([500.0]), {}).any()
+
+
+def test_the_base_is_bit_identical_after_everything(base):
+    sample(apply_lora(base.model, base.lora, 1.0, "merge")[0], base.edit)
+    sample(base.model, base.edit)
+    state = base.model.model.state_dict()
+    assert state.keys() == base.weights.keys() and all(torch.equal(state[key], base.weights[key]) for key in state)

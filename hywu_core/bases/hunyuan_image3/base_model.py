@@ -63,7 +63,7 @@ class HostModel(comfy.model_base.BaseModel):
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
         """The prefix, for the estimate before sampling."""
         edit: Edit | None = kwargs.get(KEY)
-        return {} if edit is None else {"prefix": [1, edit.sequence((1, 1)).layout.length]}
+        return {} if edit is None else {"prefix": [1, edit.prefix_length()]}
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict[str, list] | None = None) -> int:
         """Bytes of a step beside the weights; see `working_memory`."""

@@ -65,6 +65,10 @@ class Edit(NamedTuple):
         ratio = nearest(pixels, self.config.image_base_size)
         return self._checked(self.builder.image(self.request, ratio, grid, self.unconditional))
 
+    def prefix_length(self) -> int:
+        """Tokens before the image, whatever its size; the sequence's length is only checked where the size is known."""
+        return self.builder.image(self.request, 0, (1, 1)).layout.image.image.start
+
     def ratio_sequence(self) -> Sequence:
         """The pass that the ratio and a generator's condition come from."""
         return self._checked(self.builder.ratio(self.request))
