@@ -1,6 +1,6 @@
 """Converting the official folder of a HunyuanImage-3 into one with its large weights quantised, which the loader reads.
 
-A file for each decoder layer and one for everything else; every file is checked and skipped when the same conversion runs
+A file for each decoder layer and for each other part; every file is checked and skipped when the same conversion runs
 again, so it goes on where it stopped. In memory is one quantised layer at most, and one expert's matrix in floating point;
 the source is memory-mapped.
 
@@ -35,7 +35,6 @@ from .tokenizer import TOKENIZER_FILE
 TOOL = "HY-WU convert_hunyuan_image3, version 1"  # files of different versions are not mixed
 SUMS_FILE = "checksums.sha256"
 COPIED = (CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE, "tokenizer_config.json", PROMPT_FILE, PROMPT_TEXT_FILE)
-REST = "rest.safetensors"
 LAYERS = "model.layers."
 METADATA_KEY = "hywu_conversion"  # the only key: the order of several in a file's header would be left to chance
 SAMPLE = 64  # numbers of a tensor that tell sources apart
@@ -61,7 +60,10 @@ class _Job(NamedTuple):
             if name.startswith(LAYERS):
                 layer = int(name.removeprefix(LAYERS).partition(".")[0])
                 plan.setdefault(f"layer-{layer:0{digits}}.safetensors", []).append(name)
-        return plan | {REST: [name for name in self.files.headers if not name.startswith(LAYERS)]}
+        for name in self.files.headers:
+            if not name.startswith(LAYERS):  # none of the parts is as large as a layer
+                plan.setdefault(f"{name.partition('.')[0]}.safetensors", []).append(name)
+        return plan
 
     def sizes(self, names: list[str]) -> dict[str, int]:
         """{tensor: bytes} of what these weights become."""
