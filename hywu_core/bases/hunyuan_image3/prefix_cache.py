@@ -57,13 +57,15 @@ class PrefixCache:
 
 def usable(transformer_options: dict[str, Any]) -> PrefixCache | None:
     """The run's cache, unless something in this call could make the prefix depend on the step."""
-    patched = any(transformer_options.get(name) for name in ("patches", "patches_replace", "hooks"))
+    patched = any(transformer_options.get(name) for name in ("patches", "patches_replace"))
     wrapped = any(_flatten(transformer_options.get("wrappers", {}).get("diffusion_model", {})))
     return None if patched or wrapped else transformer_options.get(KEY)
 
 
 def with_prefix_cache(executor, *args, **kwargs):
     """Wraps the host's outer sampling: gives the run a cache, and takes it away whatever happens."""
+    if any(row.get("hooks") for rows in executor.class_obj.conds.values() for row in rows):
+        return executor(*args, **kwargs)  # the host's hooks change weights between steps and between conditionings
     cache = PrefixCache()
     options = executor.class_obj.model_options.setdefault("transformer_options", {})
     options[KEY] = cache
