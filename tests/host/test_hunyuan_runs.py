@@ -6,12 +6,13 @@ import comfy.hooks
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import hunyuan_tiny as tiny
 import pytest
 import torch
 
 from hywu_core import InstanceLora, LoraFactor, load_generator
-from hywu_core.bases.hunyuan_image3 import moe, prefix_cache, transformer
+from hywu_core.bases.hunyuan_image3 import base_model, moe, prefix_cache, transformer
 from hywu_core.bases.hunyuan_image3.edit import to_conditioning
 from hywu_core.bases.hunyuan_image3.loader import load
 from hywu_core.bases.hunyuan_image3.text_mode import read_edit
@@ -143,3 +144,27 @@ def test_every_sample_has_its_own_experts_chunk_by_chunk(base, monkeypatch):
         alone = apply_lora(base.model, single, 1.0, "bypass")[0]
         found = sample(alone, *conditionings(base.edit, None), noise[index : index + 1])
         assert tiny.relative(whole[index : index + 1], found) < SAME
+
+
+def test_the_hosts_own_bypass_lora_is_not_in_the_condition(base):
+    state = {name: part for name, part in to_state_dict(base.lora).items() if ".self_attn." in name}
+    model, _ = comfy.sd.load_bypass_lora_for_models(base.model, None, state, 3.0, 0.0)
+    bare = read_edit(base.model, base.edit).condition.parts[0].tokens
+    plain, changed = (sample(m, *conditionings(base.edit, None)) for m in (base.model, model))
+    assert tiny.relative(changed, plain) > 0.01
+    for wired in (model, base.model):  # whichever of them the host loaded last
+        assert torch.equal(read_edit(wired, base.edit).condition.parts[0].tokens, bare)
+    assert torch.equal(sample(model, *conditionings(base.edit, None)), changed)  # and it acts where it should, still
+    assert torch.equal(sample(base.model, *conditionings(base.edit, None)), plain)
+
+
+def test_memory_is_asked_for_the_whole_sequence_before_sampling_and_in_it(base, monkeypatch):
+    """The prefix of a sequence is most of it, and the host asks before it has the sequence."""
+    asked = []
+    working = base_model.working_memory
+    monkeypatch.setattr(base_model, "working_memory", lambda *sizes: asked.append(sizes[2:]) or working(*sizes))
+    sample(base.model, *conditionings(base.edit, None))
+    length = base.edit.sequence((14, 18)).layout.without_tail().length
+    before, inside = asked[0], asked[-1]
+    assert before == (2, length)
+    assert inside[0] == 2 and length <= inside[1] <= length + 8  # what follows the image is counted, too

@@ -88,12 +88,12 @@ def _chosen(edit: Edit, logits: Tensor | None) -> Size:
 
 
 def without_loras(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """The MODEL without weight patches, so that a merged LoRA is not in what is read. LoRAs beside the weights only act while
-    the host samples.
+    """The MODEL without weight patches and injections: a LoRA that is merged, or that the host's own bypass loader applied, is
+    not in what is read. Ours beside the weights only act while the host samples.
     """
-    if not model.patches:
+    if not (model.patches or model.injections):
         return model
     bare = model.clone()
-    bare.patches = {}
+    bare.patches, bare.injections = {}, {}
     bare.patches_uuid = uuid.uuid4()  # other weights than the MODEL it was cloned from
     return bare
