@@ -22,9 +22,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 
-from ..bases.hunyuan_image3.foreign import BANKS, borrow_mixture
+from ..bases.hunyuan_image3.foreign import borrow_mixture
 from ..bases.hunyuan_image3.moe import MixtureOfExperts
 from ..errors import MatchError
+from ..layout import FOREIGN_BANKS
 from ..lora import InstanceLora
 from .bank import Adapter, Bank
 from .matching import Match, Matches, match
@@ -149,16 +150,15 @@ def _forwards(
 ) -> Iterator[tuple[torch.nn.Module, Callable]]:
     """The modules that are to run otherwise, and how. Another pack never calls its banks: our mixture runs in their place."""
     mixtures: dict[str, MixtureOfExperts] = {}
+    ours = {theirs: bank for bank, theirs in FOREIGN_BANKS.items()}
     for path, parts in adapters.items():
         parent, _, name = path.rpartition(".")
-        if name in BANKS.values():
-            mlp = diffusion_model.get_submodule(parent)
+        if name in ours:
             if parent not in mixtures:
-                mixtures[parent] = borrow_mixture(mlp, diffusion_model.config.moe_topk)
+                mlp = diffusion_model.get_submodule(parent)
+                mixtures[parent] = borrow_mixture(mlp)
                 yield mlp, mixtures[parent].forward
-            bank = mixtures[parent].experts.get_submodule(
-                next(ours for ours, theirs in BANKS.items() if theirs == name)
-            )
+            bank = mixtures[parent].experts.get_submodule(ours[name])
             bank.forward = _with_adapters(bank.forward, parts)  # of our own object, which goes when this is over
         else:
             module = diffusion_model.get_submodule(path)
@@ -244,7 +244,7 @@ def _check_mergeable(lora: InstanceLora, start: float, end: float) -> None:
 def _check_banks(matched: tuple[Match, ...], base: torch.nn.Module) -> None:
     """A quantised bank of experts takes no patch in the host, and another pack's bank may not look at it."""
     for found in matched:
-        theirs = found.module.rpartition(".")[2] in BANKS.values()
+        theirs = found.module.rpartition(".")[2] in FOREIGN_BANKS.values()
         weight = base.diffusion_model.get_submodule(found.module).weight
         if found.pair.grouped and (theirs or isinstance(weight, QuantizedTensor)):
             raise MatchError(

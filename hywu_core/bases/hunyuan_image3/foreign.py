@@ -13,11 +13,11 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from ...layout import FOREIGN_BANKS
 from .config import BaseConfig
 from .moe import Experts, MixtureOfExperts, Router, Rows
 from .transformer import HunyuanImage3
 
-BANKS = {"gate_and_up_proj": "experts_gate_up_proj", "down_proj": "experts_down_proj"}  # ours: theirs
 OPTIONAL = ("lm_head", "model.ln_f")
 
 
@@ -43,16 +43,16 @@ class BorrowedBank(Rows, nn.Module):
 
 def is_foreign(mlp: nn.Module) -> bool:
     """Whether a mixture of experts keeps its banks as the other pack does."""
-    fits = all(hasattr(getattr(mlp, bank, None), "expert_linear") for bank in BANKS.values())
-    return fits and hasattr(getattr(mlp, "gate", None), "wg") and hasattr(mlp, "shared_mlp")
+    fits = all(hasattr(getattr(mlp, bank, None), "expert_linear") for bank in FOREIGN_BANKS.values())
+    return fits and hasattr(getattr(mlp, "gate", None), "wg") and hasattr(mlp, "shared_mlp") and hasattr(mlp, "top_k")
 
 
-def borrow_mixture(mlp: nn.Module, top_k: int) -> MixtureOfExperts:
-    """Our forward over somebody's mixture of experts."""
+def borrow_mixture(mlp: nn.Module) -> MixtureOfExperts:
+    """Our forward over somebody's mixture of experts (see `is_foreign`)."""
     mixture = MixtureOfExperts.__new__(MixtureOfExperts)
     nn.Module.__init__(mixture)
-    mixture.gate, mixture.shared_mlp = Router(mlp.gate.wg, top_k), mlp.shared_mlp
-    mixture.experts = Experts(*(BorrowedBank(getattr(mlp, bank)) for bank in BANKS.values()))
+    mixture.gate, mixture.shared_mlp = Router(mlp.gate.wg, mlp.top_k), mlp.shared_mlp
+    mixture.experts = Experts(*(BorrowedBank(getattr(mlp, bank)) for bank in FOREIGN_BANKS.values()))
     return mixture
 
 
@@ -67,7 +67,7 @@ def borrow_decoder(theirs: nn.Module, config: BaseConfig) -> HunyuanImage3 | Non
         mlp = modules.get(f"model.layers.{index}.mlp")
         if mlp is None or not is_foreign(mlp):
             return None
-        layer.mlp = borrow_mixture(mlp, config.moe_topk)
+        layer.mlp = borrow_mixture(mlp)
     for path, module in list(ours.named_modules()):
         if ".mlp." in path and path.startswith("model.layers.") or not _is_leaf(module):
             continue
