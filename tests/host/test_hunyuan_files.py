@@ -8,13 +8,11 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sample
+import hunyuan_tiny as tiny
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # helpers of all tests
-import hunyuan_tiny as tiny
 
 from hywu_core import InstanceLora, load_generator
 from hywu_core.bases.hunyuan_image3 import convert as conversion

@@ -1,17 +1,13 @@
 """A whole edit with HunyuanImage-3 against the reference: every layer, the condition, the LoRA, the steps and the pixels."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import hunyuan_tiny as tiny
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # helpers of all tests
-import hunyuan_tiny as tiny
 
 from hywu_core import load_generator
 from hywu_core.bases.hunyuan_image3 import geometry

@@ -3,14 +3,10 @@
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
 
+import hunyuan_tiny as tiny
 import pytest
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # helpers of all tests
-import hunyuan_tiny as tiny
 
 from hywu_core.bases.hunyuan_image3.files import read_system_prompt
 from hywu_core.bases.hunyuan_image3.loader import load, load_model

@@ -3,20 +3,16 @@
 import dataclasses
 import gc
 import json
-import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import hunyuan_tiny as tiny
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # helpers of all tests
-import hunyuan_tiny as tiny
 
 from hywu_core import load_generator
 from hywu_core.bases.hunyuan_image3 import prefix_cache, sizes, transformer

@@ -1,20 +1,16 @@
 """The pieces of HunyuanImage-3 one by one, against the reference's numbers: sequences, positions, masks, sizes, reasoning."""
 
 import json
-import sys
-from pathlib import Path
 
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
+import hunyuan_tiny as tiny
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # helpers of all tests
-import hunyuan_tiny as tiny
 
 from hywu_core.bases.hunyuan_image3 import geometry, sizes
 from hywu_core.bases.hunyuan_image3.image_ends import sinusoid

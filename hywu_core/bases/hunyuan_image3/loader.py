@@ -38,7 +38,7 @@ def load(folder: str | Path, weight_dtype: torch.dtype | None = None):
             "HY-WU: %s is Instruct-Distil. The released generator was trained for Instruct; with Distil it is experimental.",
             files.folder.name,
         )
-    model = load_model(files.folder, weight_dtype)
+    model = _model_of(files, weight_dtype)
     vae = LatentVAE(files.part(VAE, strip=VAE), files.config.vae)
     builder = SequenceBuilder(
         tokenizer, files.config.max_num_patches, files.config.distilled, files.config.sampling.drop_think
@@ -49,7 +49,10 @@ def load(folder: str | Path, weight_dtype: torch.dtype | None = None):
 
 def load_model(folder: str | Path, weight_dtype: torch.dtype | None = None, disable_dynamic: bool = False):
     """The diffusion model alone, as a MODEL that the host can load again by itself."""
-    files = inspect_base(folder)
+    return _model_of(inspect_base(folder), weight_dtype, disable_dynamic)
+
+
+def _model_of(files: BaseFiles, weight_dtype: torch.dtype | None, disable_dynamic: bool = False):
     device, management = comfy.model_management.get_torch_device(), comfy.model_management
     host = HostConfig(files.config)
     supported = host.supported_inference_dtypes
@@ -68,7 +71,7 @@ def load_model(folder: str | Path, weight_dtype: torch.dtype | None = None, disa
     model = host.get_model({}, device=None if files.quantised else torch.device("meta"))
     _fill(model, files, dtype)
     patcher = manage(model, disable_dynamic)
-    patcher.cached_patcher_init = (load_model, (str(folder), weight_dtype))
+    patcher.cached_patcher_init = (load_model, (str(files.folder), weight_dtype))
     return patcher
 
 

@@ -81,9 +81,9 @@ def dump(parts: Parts, case: Case, overrides: Overrides | None = None) -> dict[s
     edit = _override(parts, _make_edit(parts, case, source), overrides)
     read = read_edit(parts.model, edit)
     size = read.size
-    found = {"condition": read.condition.parts[0].tokens, "ratio_logits": read.ratio_logits[None]}
-    condition = read.condition.parts[0].tokens.to(next(parts.generator.parameters()).dtype)
-    lora = parts.generator.generate(condition)
+    condition = read.condition.parts[0].tokens
+    found = {"condition": condition, "ratio_logits": read.ratio_logits[None]}
+    lora = parts.generator.generate(condition.to(next(parts.generator.parameters()).dtype))
     for name, pair in lora.factors.items():
         found |= {f"lora.{name}{LORA_KEYS[0]}": pair.down, f"lora.{name}{LORA_KEYS[1]}": pair.up}
     found["lora.scale"] = torch.tensor(lora.scale)

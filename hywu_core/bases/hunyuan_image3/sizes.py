@@ -107,5 +107,7 @@ def aligned_size(output: Size, sources: Iterable[Size], base: int) -> Size:
 
 def resize(picture: Tensor, size: Size) -> Tensor:
     """A picture (B, H, W, C) in [0, 1] by Pillow's Lanczos on 8-bit pixels."""
-    steps = picture + 0.25 / 255  # the host truncates to 8 bits, and 255 * (k / 255) may lie just below k
+    steps = (
+        picture + 0.25 / 255
+    )  # the host truncates to 8 bits, and what was computed with may lie just below its level
     return comfy.utils.lanczos(steps.movedim(-1, 1), size.width, size.height).movedim(1, -1)

@@ -88,7 +88,7 @@ def _chosen(edit: Edit, logits: Tensor | None) -> Size:
 
 
 def without_loras(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """The MODEL without weight patches and injections: a LoRA that is merged, or that the host's own bypass loader applied, is
+    """The MODEL without weight patches and injections: a LoRA that is merged, or that the host's bypass loader applied, is
     not in what is read. Ours beside the weights only act while the host samples.
     """
     if not (model.patches or model.injections):
