@@ -1,6 +1,5 @@
 """Instance-conditioned LoRA generation. This package needs torch only; what needs ComfyUI is in `host` and `bases`."""
 
-from .checkpoint import load_generator, save_generator
 from .config import GeneratorConfig
 from .errors import (
     CheckpointError,
@@ -12,6 +11,7 @@ from .errors import (
     MatchError,
     SaveError,
 )
+from .files.checkpoint import load_generator, save_generator
 from .generator import Generator
 from .lora import InstanceLora, LoraFactor
 

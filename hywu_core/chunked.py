@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .errors import GenerationError
-from .generator import Block, Generator, Tables
-from .lora import InstanceLora, LoraFactor
+from .config import GeneratorConfig
+from .transformer import Block, Tables, TokenTransformer
 
 MEBIBYTE = 2**20
 # What a row of a chunk costs in units of d elements: the normed input, the feed-forward's 4 d before and after SiLU, the
@@ -27,10 +26,9 @@ def default_chunk_bytes(grid_bytes: int) -> int:
 
 
 def memory_required(
-    generator: Generator, batch: int, length: int, dtype: torch.dtype, chunk_bytes: int | None = None
+    config: GeneratorConfig, batch: int, length: int, dtype: torch.dtype, chunk_bytes: int | None = None
 ) -> int:
     """Bytes that `generate` needs on its device beside the weights, for a condition (batch, length, input_dim)."""
-    config = generator.config
     tables = Tables(config, torch.device("cpu"))
     row = config.d_model * dtype.itemsize
     grid = batch * tables.num_layers * tables.positions * row
@@ -39,39 +37,31 @@ def memory_required(
     return grid + condition + layer_keys_values + (chunk_bytes or default_chunk_bytes(grid))
 
 
-@torch.no_grad()
-def generate_chunked(
-    generator: Generator,
-    condition: Tensor,
-    dtype: torch.dtype | None,
-    result_device: torch.device,
-    result_dtype: torch.dtype | None,
-    chunk_bytes: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> InstanceLora:
-    """See `Generator.generate`."""
-    model, config = generator.model, generator.config
-    dtype = dtype or next(generator.parameters()).dtype
-    context = generator.context(condition.to(dtype))
-    tables = Tables(config, context.device)
-    batch, num_layers = context.shape[0], tables.num_layers
+def generate_layers(
+    model: TokenTransformer,
+    context: Tensor,
+    tables: Tables,
+    chunk_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Tensor]:
+    """The tokens (B, T, r, token_dim) of one layer after the other, for a context (B, L, d). Call it without a graph.
 
-    x = context.new_empty(batch, num_layers, tables.positions, config.d_model)
+    Args:
+        chunk_bytes, progress: see `Generator.generate`.
+    """
+    batch, num_layers, dtype = context.shape[0], tables.num_layers, context.dtype
+    x = context.new_empty(batch, num_layers, tables.positions, context.shape[-1])
     for layer in range(num_layers):
         x[:, layer] = model.initial_tokens(x.device, dtype, slice(layer, layer + 1))[:, 0]
 
     chunk_bytes = chunk_bytes or default_chunk_bytes(x.nbytes)
-    rows = max(1, chunk_bytes // (ROW_COST * batch * config.d_model * x.element_size()))
+    rows = max(1, chunk_bytes // (ROW_COST * batch * x.shape[-1] * x.element_size()))
     counter = _Progress(progress, total=len(model.blocks) * (num_layers + 1) + num_layers)
     for block in model.blocks:
         _advance(block, x, context, tables, rows, counter)
-
-    layers = []
     for layer in range(num_layers):
-        tokens = model.project(x[:, layer : layer + 1])[:, 0]
-        layers.append(_deliver(generator, layer, tokens, result_device, result_dtype))
+        yield model.project(x[:, layer : layer + 1])[:, 0]
         counter.step()
-    return generator.assemble(layers)
 
 
 def _advance(block: Block, x: Tensor, context: Tensor, tables: Tables, rows: int, counter: _Progress) -> None:
@@ -103,22 +93,6 @@ def _layer_keys_values(block: Block, layer: Tensor, tables: Tables, rows: int) -
         for part in _chunks(layer.shape[1], rows)
     ]
     return tuple(torch.cat(column, dim=-2) for column in zip(*parts, strict=True))
-
-
-def _deliver(
-    generator: Generator, layer: int, tokens: Tensor, device: torch.device, dtype: torch.dtype | None
-) -> dict[str, LoraFactor]:
-    """One layer's factors on their way out, each in a storage of its own, so that no padding is kept alive."""
-    if not torch.isfinite(tokens).all():  # asked once for the layer: every question waits for the device
-        raise GenerationError(
-            f"The generated LoRA is not finite in layer {layer}. The generator's weights or the condition hold NaN or "
-            "infinity, or the computation overflowed: try bfloat16 or float32 weights."
-        )
-
-    def own(factor: Tensor) -> Tensor:
-        return torch.empty_like(factor, device=device, dtype=dtype or factor.dtype).copy_(factor)
-
-    return {name: LoraFactor(own(down), own(up)) for name, (down, up) in generator.layer_factors(tokens).items()}
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:

@@ -23,6 +23,21 @@ CLIP_VISION = "clip_vision"  # patch features of a CLIP-Vision or SigLIP model
 HIDDEN_STATES = "hidden_states"  # the base's own last hidden states (the released way)
 REFERENCE_LATENT = "reference_latent"  # patches of the source picture's latent, for encoders trained with the generator
 
+OF_THE_BASE = "hidden states of the base"  # the source for which the base is run
+SOURCES = {  # what a generator reads -> the parts of a condition, in their order; None: all there are
+    "instruction and source picture": (CONDITIONING, REFERENCE_LATENT),
+    "instruction": (CONDITIONING,),
+    "instruction and CLIP Vision": (CONDITIONING, CLIP_VISION),
+    OF_THE_BASE: (HIDDEN_STATES,),
+    "everything wired in": None,
+}
+REMEDIES = {  # what to do where a part is missing
+    CONDITIONING: "Wire the text encoder's CONDITIONING.",
+    REFERENCE_LATENT: "Put the source picture on the CONDITIONING with Set Reference Latent, or choose another source.",
+    CLIP_VISION: "Wire a CLIP_VISION_OUTPUT into HY-WU Condition.",
+    HIDDEN_STATES: "Wire the MODEL into HY-WU Condition.",
+}
+
 
 class ConditionPart(NamedTuple):
     """One sequence of features."""

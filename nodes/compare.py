@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.host import charts, lora_store
+from ..hywu_core.host.lora import charts, store
 from .types import Lora
 
 
@@ -41,7 +41,7 @@ class HYWUBlendLoRAs(io.ComfyNode):
 
     @classmethod
     def execute(cls, loras: io.Autogrow.Type, weights, max_rank):
-        return io.NodeOutput(lora_store.blend_from_text(list(loras.values()), weights, max_rank))
+        return io.NodeOutput(store.blend_from_text(list(loras.values()), weights, max_rank))
 
 
 class HYWUInspectLoRA(io.ComfyNode):

@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..hywu_core.condition import Condition as ConditionValue
-from ..hywu_core.host import conditions, folders, generators
-from ..hywu_core.lora_files import to_state_dict
+from ..hywu_core.files.lora_files import to_state_dict
+from ..hywu_core.host import conditions, folders, memory
 from .types import Condition, Generator, Lora
 
 
@@ -27,7 +27,7 @@ class HYWULoadGenerator(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(generators.WEIGHT_DTYPES),
+                    options=list(memory.WEIGHT_DTYPES),
                     default="default",
                     advanced=True,
                     tooltip="What the weights are kept in. default: as stored. fp8_e4m3fn halves the memory of bfloat16 "
@@ -44,7 +44,7 @@ class HYWULoadGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
-        return io.NodeOutput(generators.load(path, generators.WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(memory.load(path, memory.WEIGHT_DTYPES[weight_dtype]))
 
 
 class HYWUCondition(io.ComfyNode):
@@ -119,7 +119,7 @@ class HYWUGenerateLoRA(io.ComfyNode):
     def execute(cls, generator, condition):
         if not isinstance(condition, ConditionValue):
             condition = conditions.from_host(condition)
-        lora = generators.generate(generator, condition)
+        lora = memory.generate(generator, condition)
         return io.NodeOutput(lora, to_state_dict(lora.select(0)))
 
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..hywu_core.bases import hunyuan_image3 as hi3
-from ..hywu_core.host import folders, generators, streaming
+from ..hywu_core.host import folders, memory, streaming
 from .types import Condition, Encoder
 
 WEIGHT_DTYPES = ("default", "bfloat16", "float32")
@@ -63,7 +63,7 @@ class HYWULoadHunyuanImage3(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, weight_dtype):
-        return io.NodeOutput(*hi3.load(folders.base_path(folder), generators.WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(*hi3.load(folders.base_path(folder), memory.WEIGHT_DTYPES[weight_dtype]))
 
 
 class HYWUHunyuanImage3Edit(io.ComfyNode):

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.host import apply, lora_store
+from ..hywu_core.host.lora import apply, store
 from .types import Lora
 
 
@@ -60,7 +60,7 @@ class HYWUApplyLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
-        lora = lora_store.as_instance_lora(lora)
+        lora = store.as_instance_lora(lora)
         patched, _ = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
         return io.NodeOutput(patched)
 
@@ -90,7 +90,7 @@ class HYWUSaveLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(lora_store.SAVE_DTYPES),
+                    options=list(store.SAVE_DTYPES),
                     default="as generated",
                     advanced=True,
                     tooltip="What the factors are stored in.",
@@ -101,7 +101,7 @@ class HYWUSaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, filename_prefix, format, dtype):
-        path = lora_store.save_to_output(lora, filename_prefix, format, lora_store.SAVE_DTYPES[dtype])
+        path = store.save_to_output(lora, filename_prefix, format, store.SAVE_DTYPES[dtype])
         return io.NodeOutput(str(path), ui={"text": (str(path),)})
 
 
@@ -114,20 +114,18 @@ class HYWULoadLoRA(io.ComfyNode):
             category="HY-WU",
             description="Loads a saved LoRA, generated here or made by another tool, with its metadata.",
             inputs=[
-                io.Combo.Input(
-                    "lora", options=lora_store.names(), tooltip="A LoRA file in models/loras or output/loras."
-                )
+                io.Combo.Input("lora", options=store.names(), tooltip="A LoRA file in models/loras or output/loras.")
             ],
             outputs=[Lora.Output("lora", tooltip="For Apply Generated LoRA, Blend, Inspect and Compare.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora):
-        return lora_store.modified(lora)
+        return store.modified(lora)
 
     @classmethod
     def execute(cls, lora):
-        return io.NodeOutput(lora_store.load(lora))
+        return io.NodeOutput(store.load(lora))
 
 
 NODES = [HYWUApplyLoRA, HYWUSaveLoRA, HYWULoadLoRA]

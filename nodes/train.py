@@ -5,7 +5,9 @@ Nodes that take whole lists of pairs get every input as a list; `_first` takes t
 
 from comfy_api.latest import io
 
-from ..hywu_core.host import evaluate, generator_store, generators, stacks, train
+from ..hywu_core.condition import SOURCES
+from ..hywu_core.host import memory, model, new_generator
+from ..hywu_core.host.training import evaluate, in_server
 from ..hywu_core.training import TrainConfig
 from .types import Condition, Generator
 
@@ -60,14 +62,14 @@ class HYWUNewGenerator(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "condition_source",
-                    options=list(stacks.SOURCES),
-                    default=next(iter(stacks.SOURCES)),
+                    options=list(SOURCES),
+                    default=next(iter(SOURCES)),
                     tooltip="What of it the generator reads. The source picture is its reference latent. hidden states of "
                     "the base is the way of the released generator: wire the model into HY-WU Condition for the example.",
                 ),
                 io.Combo.Input(
                     "size",
-                    options=list(stacks.SIZES),
+                    options=list(new_generator.SIZES),
                     default="small",
                     tooltip="Width and depth of the generator: small is 128 wide with 2 blocks, medium 512 with 6, large "
                     "1024 with 12.",
@@ -85,8 +87,8 @@ class HYWUNewGenerator(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "targets",
-                    options=list(stacks.PRESETS),
-                    default=stacks.PRESETS[0],
+                    options=list(model.PRESETS),
+                    default=model.PRESETS[0],
                     tooltip="Which linear layers of each block get a LoRA. Modulation is only in the last choice.",
                 ),
                 io.Int.Input(
@@ -107,7 +109,7 @@ class HYWUNewGenerator(io.ComfyNode):
                 ),
                 io.String.Input(
                     "stack",
-                    default=stacks.LARGEST,
+                    default=model.LARGEST,
                     optional=True,
                     advanced=True,
                     tooltip="Which list of blocks gets LoRAs, such as double_blocks; largest takes the one with most "
@@ -128,7 +130,7 @@ class HYWUNewGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, model, condition, **settings):
         return io.NodeOutput(
-            generators.new_for(model[0], condition[0], **{name: _first(values) for name, values in settings.items()})
+            memory.new_for(model[0], condition[0], **{name: _first(values) for name, values in settings.items()})
         )
 
 
@@ -204,7 +206,7 @@ class HYWUTrainGenerator(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(train.PRECISIONS),
+                    options=list(in_server.PRECISIONS),
                     default="float32",
                     tooltip="What the generator computes in while it is trained; its weights are kept in float32.",
                 ),
@@ -273,7 +275,7 @@ class HYWUTrainGenerator(io.ComfyNode):
             diversity=values["diversity"],
             seed=values["seed"],
         )
-        options = train.RunOptions(
+        options = in_server.RunOptions(
             name=values["run_name"],
             precision=values["precision"],
             checkpointing=values["gradient_checkpointing"],
@@ -282,7 +284,7 @@ class HYWUTrainGenerator(io.ComfyNode):
             held_out=values["held_out"],
             vae=_first(vae),
         )
-        trained = train.train(model[0], generator[0], latents, positive, generator_positive, config, options)
+        trained = in_server.train(model[0], generator[0], latents, positive, generator_positive, config, options)
         return io.NodeOutput(trained.handle, trained.losses, trained.steps)
 
 
@@ -301,7 +303,7 @@ class HYWUSaveGenerator(io.ComfyNode):
                 io.String.Input("filename", default="my-edits", tooltip="Its name in models/hywu, without the ending."),
                 io.Combo.Input(
                     "dtype",
-                    options=list(generator_store.SAVE_DTYPES),
+                    options=list(memory.SAVE_DTYPES),
                     default="as trained",
                     tooltip="What the weights are stored in. bfloat16 halves the file of a generator that was trained here.",
                 ),
@@ -311,7 +313,7 @@ class HYWUSaveGenerator(io.ComfyNode):
 
     @classmethod
     def execute(cls, generator, filename, dtype):
-        path = generator_store.save(generator, filename, generator_store.SAVE_DTYPES[dtype])
+        path = memory.save(generator, filename, memory.SAVE_DTYPES[dtype])
         return io.NodeOutput(str(path), ui={"text": (str(path),)})
 
 

@@ -61,7 +61,7 @@ def run(folder: Path, mode: str = "bypass") -> Run:
     from hywu_core.bases.hunyuan_image3.loader import load
     from hywu_core.bases.hunyuan_image3.text_mode import read_edit
     from hywu_core.condition import assemble
-    from hywu_core.host.apply import apply_lora
+    from hywu_core.host.lora.apply import apply_lora
 
     with torch.inference_mode():
         model, _, encoder = load(folder)

@@ -42,7 +42,7 @@ def build(base_again: bool, generator_again: bool, micro_batch: int):
 
     from hywu_core import Generator, GeneratorConfig
     from hywu_core.bases.pocket import EditorConfig, build_editor
-    from hywu_core.host.training import DiffusionObjective
+    from hywu_core.host.training.objective import DiffusionObjective
     from hywu_core.training import GeneratorTrainable, TrainConfig, Trainer
 
     base = EditorConfig(width=256, heads=8, depth=6)

@@ -17,11 +17,11 @@ import torch  # noqa: E402
 
 from hywu_core import load_generator  # noqa: E402
 from hywu_core.bases import pocket  # noqa: E402
-from hywu_core.bases.pocket import evaluation, figures, pictures  # noqa: E402
-from hywu_core.bases.pocket.edits import SUITES  # noqa: E402
-from hywu_core.bases.pocket.task import Case, EditingTask  # noqa: E402
 from hywu_core.errors import HywuError  # noqa: E402
-from hywu_core.lora_files import load_lora  # noqa: E402
+from hywu_core.files.lora_files import load_lora  # noqa: E402
+from study import evaluation, figures, pictures  # noqa: E402
+from study.edits import SUITES  # noqa: E402
+from study.task import Case, EditingTask  # noqa: E402
 
 COLUMNS = ("source", "base alone", "one shared LoRA", "generated LoRA", "target")
 SHOWN = {  # held-out tile -> edit

@@ -21,15 +21,15 @@ enter_host()
 import torch  # noqa: E402
 
 from hywu_core import load_generator  # noqa: E402
+from hywu_core.analysis.geometry import centred, cosines, gram, plane, separation  # noqa: E402
+from hywu_core.analysis.statistics import bootstrap  # noqa: E402
 from hywu_core.bases import pocket  # noqa: E402
-from hywu_core.bases.pocket import evaluation, figures, pictures, report  # noqa: E402
-from hywu_core.bases.pocket.edits import SUITES  # noqa: E402
-from hywu_core.bases.pocket.task import Case, EditingTask  # noqa: E402
 from hywu_core.errors import HywuError  # noqa: E402
-from hywu_core.host.training import DiffusionObjective  # noqa: E402
-from hywu_core.lora_files import load_lora  # noqa: E402
-from hywu_core.training.geometry import centred, cosines, gram, plane, separation  # noqa: E402
-from hywu_core.training.statistics import bootstrap  # noqa: E402
+from hywu_core.files.lora_files import load_lora  # noqa: E402
+from hywu_core.host.training.objective import DiffusionObjective  # noqa: E402
+from study import evaluation, figures, pictures, report  # noqa: E402
+from study.edits import SUITES  # noqa: E402
+from study.task import Case, EditingTask  # noqa: E402
 
 RESULTS = ROOT / "results" / "pocket.json"
 SUFFIXES = {"blind": "", "told": "-told"}  # of the shipped files

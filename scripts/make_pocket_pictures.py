@@ -20,7 +20,7 @@ from in_host import enter_host
 from PIL import Image
 
 enter_host()
-from hywu_core.bases.pocket.pictures import COLUMNS, FOLDER, TILE  # noqa: E402
+from study.pictures import COLUMNS, FOLDER, TILE  # noqa: E402
 
 EMOJI = {"name": "Noto Emoji 2.048", "licence": "Apache-2.0", "source": "npm: emoji-datasource-google 16.0.0"}
 PHOTO = {"licence": "public domain (NASA, CC0)", "source": "PyPI: scikit-image 0.26.0"}

@@ -128,7 +128,7 @@ def run_dump(arguments: argparse.Namespace) -> int:
 
     enter_host(cpu=arguments.cpu or not torch.accelerator.is_available())
     from hywu_core.bases.hunyuan_image3 import parity
-    from hywu_core.files import write_safetensors
+    from hywu_core.files.safetensors import write_safetensors
 
     with torch.inference_mode():
         parts = parity.Parts.read(arguments.base, arguments.generator, getattr(torch, arguments.dtype))

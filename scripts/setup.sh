@@ -34,12 +34,13 @@ unpack_host() {
     rm -rf "$work"
 }
 
-# `import hywu_core` works in .venv through a link to that one folder. The root must never be on sys.path: our nodes/ would
+# `import hywu_core` and `import study` work in .venv through links to those folders. The root must never be on sys.path: our nodes/ would
 # hide the host's nodes.py.
 link_core() {
     local site
     site="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     ln -sfn "$ROOT/hywu_core" "$site/hywu_core"
+    ln -sfn "$ROOT/study" "$site/study"
 }
 
 # The host's requirements less the three torch packages (installed before, with versions known to fit together).

@@ -41,7 +41,7 @@ def start_worker() -> None:
 
 def do(work: Path, testing: bool, run) -> dict:
     """Train a run and validate it, or test it as well; what is there already is not done again."""
-    from hywu_core.bases.pocket import comparison
+    from study import comparison
 
     weights, record = work / f"{run.name}.safetensors", work / f"{run.name}.json"
     found = json.loads(record.read_text()) if record.exists() else {}
@@ -58,7 +58,7 @@ def do(work: Path, testing: bool, run) -> dict:
 
 def base_of(work: Path, run) -> list[float]:
     """The base's scores in a setting."""
-    from hywu_core.bases.pocket import comparison
+    from study import comparison
 
     record = work / f"base-{run.regime}-{run.suite}.json"
     if not record.exists():
@@ -68,7 +68,7 @@ def base_of(work: Path, run) -> list[float]:
 
 def compare(name: str, lengths: Lengths, work: Path, pool) -> dict:
     """One setting: a grid of learning rates in short runs, and long runs of all seeds with the rates chosen."""
-    from hywu_core.bases.pocket.methods import METHODS, Run
+    from study.methods import METHODS, Run
 
     regime, suite = name.split("-")
     grid = [Run(regime, suite, method, rate, 0, lengths.grid) for rate in RATES for method in METHODS]
@@ -95,7 +95,7 @@ def compare(name: str, lengths: Lengths, work: Path, pool) -> dict:
 
 def match_compute(name: str, setting: dict, work: Path, pool) -> dict:
     """The same setting with rows of rivals that were given as much processor time as the generator took."""
-    from hywu_core.bases.pocket.methods import Run
+    from study.methods import Run
 
     regime, suite = name.split("-")
     seconds = setting["seconds_per_step"]

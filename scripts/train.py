@@ -47,7 +47,7 @@ def run(arguments: list[str] | None = None) -> int:
     communication = Accelerated(config.cpu)  # chooses this process's device, so it comes before the host looks at them
     enter_host(cpu=config.cpu)
     logging.getLogger().setLevel(logging.WARNING)
-    from hywu_core.host.run import StoppedError, train
+    from hywu_core.host.training.in_script import StoppedError, train
 
     signals = Signals()
     try:

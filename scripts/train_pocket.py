@@ -22,13 +22,14 @@ import torch  # noqa: E402
 
 from hywu_core import Generator, save_generator  # noqa: E402
 from hywu_core.bases import pocket  # noqa: E402
-from hywu_core.bases.pocket import editor, methods, pictures, text  # noqa: E402
-from hywu_core.bases.pocket.edits import BASE_EDITS, SUITES  # noqa: E402
-from hywu_core.bases.pocket.task import EditingTask, Regime  # noqa: E402
-from hywu_core.host.training import DiffusionObjective  # noqa: E402
-from hywu_core.lora_files import save_lora  # noqa: E402
+from hywu_core.bases.pocket import editor, text  # noqa: E402
+from hywu_core.files.lora_files import save_lora  # noqa: E402
+from hywu_core.host.training.objective import DiffusionObjective  # noqa: E402
 from hywu_core.training import FullFineTuning, GeneratorTrainable, SharedLora, StepReport, TrainConfig, Trainer  # noqa: E402
 from hywu_core.training.trainable import leaves  # noqa: E402
+from study import methods, pictures  # noqa: E402
+from study.edits import BASE_EDITS, SUITES  # noqa: E402
+from study.task import EditingTask, Regime  # noqa: E402
 
 VARIANTS = 6  # of every training tile
 SAVE_EVERY = 100

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..condition import CLIP_VISION, CONDITIONING, HIDDEN_STATES, REFERENCE_LATENT, Condition, ConditionPart
 from ..errors import ConditionError
-from .stacks import StackError, find_stacks
+from .model import StackError, find_stacks
 
 
 def from_host(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..checkpoint import CONFIG_FILE
 from ..errors import CheckpointError
+from ..files.checkpoint import CONFIG_FILE
 
 FOLDER = "hywu"
 BASE_FOLDER = "hunyuan_image3"

@@ -11,9 +11,9 @@ Figs 2c and 3).
 This package knows torch only.
 """
 
-from .config import TrainConfig
 from .data import Sample, SampleSource
 from .log import RunLog
+from .options import TrainConfig
 from .trainable import FullFineTuning, GeneratorTrainable, SharedLora, Trainable
 from .trainer import Objective, StepReport, Trainer, TrainingError
 

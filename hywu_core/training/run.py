@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .config import TrainConfig
+from .options import TrainConfig
 
 # what may change between the parts of one run
 FREE = {"output", "save_every", "validate_every", "held_out_limit", "cpu"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HywuError
-from ..files import open_safetensors, write_safetensors
-from .config import TrainConfig
+from ..files.safetensors import open_safetensors, write_safetensors
+from .options import TrainConfig
 
 KEY = "hywu_run"
 MOMENTS = ("exp_avg", "exp_avg_sq")

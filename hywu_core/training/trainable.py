@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..analysis.geometry import cosines, gram
 from ..config import GeneratorConfig
 from ..generator import Generator
 from ..layout import full_name, targets
 from ..lora import InstanceLora, LoraFactor
 from .data import Sample
-from .geometry import cosines, gram
 
 
 class Trainable(Protocol):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import HywuError
 from ..lora import InstanceLora
-from .config import TrainConfig
 from .data import Draw, SampleSource, batch_of
+from .options import TrainConfig
 from .state import load_state, save_state
 from .trainable import Trainable, diversity_loss, instances, leaves
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hywu_core import CheckpointError, InstanceLora, LoraError, LoraFactor, SaveError, load_generator, save_generator
-from hywu_core.checkpoint import inspect_generator
-from hywu_core.files import write_safetensors
-from hywu_core.lora_files import from_state_dict, load_lora, save_lora, to_peft_state_dict, to_state_dict
+from hywu_core.files.checkpoint import inspect_generator
+from hywu_core.files.lora_files import from_state_dict, load_lora, save_lora, to_peft_state_dict, to_state_dict
+from hywu_core.files.safetensors import write_safetensors
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, generator, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hywu_core.files.save_file", full_disk)
+    monkeypatch.setattr("hywu_core.files.safetensors.save_file", full_disk)
     with pytest.raises(SaveError, match="No space left on device.*Nothing was changed"):
         save_generator(generator, path)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -152,7 +152,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, generator, monkeypatc
 
         return replace
 
-    monkeypatch.setattr("hywu_core.files.os.replace", fails_at("model.safetensors"))
+    monkeypatch.setattr("hywu_core.files.safetensors.os.replace", fails_at("model.safetensors"))
     with pytest.raises(SaveError):
         save_generator(generator, path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
@@ -195,7 +195,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
             handle.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hywu_core.files.save_file", interrupted)
+    monkeypatch.setattr("hywu_core.files.safetensors.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hywu_core import ConditionError, GenerationError, Generator, GeneratorConfig, load_generator
-from hywu_core.generator import Tables
 from hywu_core.layout import lora_elements, token_counts
+from hywu_core.transformer import Tables
 
 GENERATORS = ("gen_0", "gen_1", "gen_2")
 

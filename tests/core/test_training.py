@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from hywu_core import Generator, GeneratorConfig, InstanceLora
+from hywu_core.analysis.geometry import centred, cosines, gram, plane, separation
+from hywu_core.analysis.statistics import bootstrap, psnr
 from hywu_core.errors import ConfigError, SaveError
 from hywu_core.lora import cosine
 from hywu_core.training import (
@@ -19,9 +21,7 @@ from hywu_core.training import (
     TrainingError,
 )
 from hywu_core.training.data import batch_of
-from hywu_core.training.geometry import centred, cosines, gram, plane, separation
 from hywu_core.training.state import StateError
-from hywu_core.training.statistics import bootstrap, psnr
 from hywu_core.training.trainable import diversity_loss
 
 
@@ -199,7 +199,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hywu_core.files.save_file", full)
+    monkeypatch.setattr("hywu_core.files.safetensors.save_file", full)
     run.step()
     with pytest.raises(ValueError, match="No space left"):
         run.save(path)

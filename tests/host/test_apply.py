@@ -9,9 +9,9 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from hywu_core import InstanceLora, LoraError, LoraFactor, MatchError
-from hywu_core.host.apply import applied_loras, apply_lora
+from hywu_core.files.lora_files import from_state_dict, load_lora, save_lora, to_state_dict
+from hywu_core.host.lora.apply import applied_loras, apply_lora
 from hywu_core.lora import blend
-from hywu_core.lora_files import from_state_dict, load_lora, save_lora, to_state_dict
 
 STOPS = [RuntimeError("broken layer"), comfy.model_management.InterruptProcessingException()]
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hywu_core import InstanceLora, LoraFactor
-from hywu_core.bases.hunyuan_image3.moe import MixtureOfExperts, Rows
-from hywu_core.host.apply import apply_lora
-from hywu_core.host.bank import delta_of
-from hywu_core.lora_files import from_state_dict, to_peft_state_dict, to_state_dict
+from hywu_core.bases.hunyuan_image3.moe import MixtureOfExperts
+from hywu_core.files.lora_files import from_state_dict, to_peft_state_dict, to_state_dict
+from hywu_core.host.lora.apply import apply_lora
+from hywu_core.host.lora.bank import delta_of
+from hywu_core.host.lora.experts import Rows
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS = 32, 20, 4, 2
 PARTS = {"w3": "gate_and_up_proj", "w1": "gate_and_up_proj", "w2": "down_proj"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hywu_core import Generator
-from hywu_core.host.training import DiffusionObjective
+from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer
 from hywu_core.training.data import batch_of
 from hywu_core.training.trainable import leaves

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hywu_core import LoraError
-from hywu_core.host import charts, lora_store
+from hywu_core.host.lora import charts, store
 from hywu_core.lora import norms
 
 
@@ -28,14 +28,14 @@ def test_weights_as_text(loras):
         return lora.scale * (lora.factors[name].up @ lora.factors[name].down)
 
     expected = 0.7 * dense(a) - 0.2 * dense(b)
-    torch.testing.assert_close(dense(lora_store.blend_from_text(loras, "0.7, -0.2")), expected, atol=1e-5, rtol=1e-5)
-    mean = lora_store.blend_from_text(loras, "")
+    torch.testing.assert_close(dense(store.blend_from_text(loras, "0.7, -0.2")), expected, atol=1e-5, rtol=1e-5)
+    mean = store.blend_from_text(loras, "")
     torch.testing.assert_close(dense(mean), (dense(a) + dense(b)) / 2, atol=1e-5, rtol=1e-5)
-    assert mean.rank == 8 and lora_store.blend_from_text(loras, "", max_rank=3).rank == 3
+    assert mean.rank == 8 and store.blend_from_text(loras, "", max_rank=3).rank == 3
     with pytest.raises(LoraError, match="not numbers"):
-        lora_store.blend_from_text(loras, "a lot")
+        store.blend_from_text(loras, "a lot")
     with pytest.raises(LoraError, match="2 LoRAs and 3 weights"):
-        lora_store.blend_from_text(loras, "1 2 3")
+        store.blend_from_text(loras, "1 2 3")
 
 
 def test_norms_stand_where_they_belong(loras):

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from hywu_core import Generator, load_generator
 from hywu_core.bases import pocket
 from hywu_core.errors import CheckpointError, ConfigError, HywuError, MatchError
-from hywu_core.host import base_files
-from hywu_core.host.pairs import Encoders, PairError, hold_out, read_pairs
-from hywu_core.host.run import GENERATOR, StoppedError, train
-from hywu_core.host.stacks import StackError
+from hywu_core.host.model import StackError
+from hywu_core.host.training import base_files
+from hywu_core.host.training.in_script import GENERATOR, StoppedError, train
+from hywu_core.host.training.pairs_of_folder import Encoders, PairError, hold_out, read_pairs
 from hywu_core.training import TrainingError
 from hywu_core.training.distributed import Accelerated
 from hywu_core.training.log import LOG, STATE, VALIDATION
@@ -380,7 +380,7 @@ def test_a_text_encoder_that_gives_what_no_file_holds(tmp_path, monkeypatch):
         "Clip", (), {"tokenize": lambda *a, **k: 0, "encode_from_tokens": lambda *a, **k: {"hooks": object()}}
     )()
     encoders = Encoders(clip, pocket.load_pocket_editor()[2])
-    monkeypatch.setattr("hywu_core.host.run._pocket_encoders", lambda: encoders)
+    monkeypatch.setattr("hywu_core.host.training.in_script._pocket_encoders", lambda: encoders)
     with pytest.raises(PairError, match="hooks as object, which cannot be kept"):
         run(tmp_path)
 

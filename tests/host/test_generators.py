@@ -19,8 +19,9 @@ from hywu_core import CheckpointError, ConditionError, GenerationError, Generato
 from hywu_core.chunked import memory_required
 from hywu_core.condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
 from hywu_core.config import GeneratorConfig
-from hywu_core.host import apply, conditions, folders, generators, lora_store
-from hywu_core.lora_files import load_lora, to_state_dict
+from hywu_core.files.lora_files import load_lora, to_state_dict
+from hywu_core.host import conditions, folders, memory
+from hywu_core.host.lora import apply, store
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,8 @@ def as_condition(tokens: torch.Tensor) -> Condition:
 
 
 def test_the_host_path_gives_the_reference_numbers(gen_2, golden):
-    handle = generators.load(gen_2)
-    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
+    handle = memory.load(gen_2)
+    lora = memory.generate(handle, as_condition(golden["case1.condition"]))
     for name, pair in lora.factors.items():
         torch.testing.assert_close(pair.down, golden[f"case1.out.{name}.lora_A"], atol=2e-5, rtol=0)
         torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
@@ -53,9 +54,9 @@ def test_the_host_path_gives_the_reference_numbers(gen_2, golden):
 
 
 def test_weights_are_counted_and_loaded_only_on_use(gen_2, golden):
-    handle = generators.load(gen_2)
+    handle = memory.load(gen_2)
     assert handle.patcher not in comfy.model_management.loaded_models()
-    generators.generate(handle, as_condition(golden["case1.condition"]))
+    memory.generate(handle, as_condition(golden["case1.condition"]))
     assert handle.patcher in comfy.model_management.loaded_models()
     assert handle.patcher.model_size() == sum(p.numel() * 4 for p in handle.generator.parameters())
 
@@ -68,9 +69,9 @@ def test_the_host_is_told_how_much_room_the_run_needs(gen_2, golden, monkeypatch
         load(models, memory_required=memory_required)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_models_gpu)
-    handle, tokens = generators.load(gen_2), golden["case1.condition"]
-    generators.generate(handle, as_condition(tokens))
-    assert asked == [memory_required(handle.generator, 1, tokens.shape[1], torch.float32)]
+    handle, tokens = memory.load(gen_2), golden["case1.condition"]
+    memory.generate(handle, as_condition(tokens))
+    assert asked == [memory_required(handle.config, 1, tokens.shape[1], torch.float32)]
     grid = handle.config.num_base_model_layers * handle.generator.model.hw_pos.weight.numel() * 4
     assert grid < asked[0] < 2**25
 
@@ -79,8 +80,8 @@ def test_nothing_changes_when_every_layer_is_offloaded(gen_2, golden, monkeypatc
     """The host as with --novram: each layer of the generator is brought to the device for its forward."""
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
     monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
-    handle = generators.load(gen_2)
-    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
+    handle = memory.load(gen_2)
+    lora = memory.generate(handle, as_condition(golden["case1.condition"]))
     assert comfy.model_management.current_loaded_models[0].model_loaded_memory() == 0
     for name, pair in lora.factors.items():
         torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
@@ -96,14 +97,14 @@ def test_the_hosts_patcher_is_looked_up_when_it_is_needed(gen_2, monkeypatch):
     flux = families.flux()
     patched, _ = apply.apply_lora(flux.model, families.random_lora(flux, seed=5), mode="bypass")
     (bank,) = patched.get_additional_models()
-    assert isinstance(bank, Chosen) and isinstance(generators.load(gen_2).patcher, Chosen)
+    assert isinstance(bank, Chosen) and isinstance(memory.load(gen_2).patcher, Chosen)
 
 
 @pytest.mark.parametrize(("name", "bound"), [("bfloat16", 2e-2), ("float16", 5e-3), ("fp8_e4m3fn", 0.2)])
 def test_weight_dtypes_stay_near_float32(gen_2, golden, name, bound):
-    handle = generators.load(gen_2, generators.WEIGHT_DTYPES[name])
-    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
-    assert next(handle.generator.parameters()).dtype == generators.WEIGHT_DTYPES[name]
+    handle = memory.load(gen_2, memory.WEIGHT_DTYPES[name])
+    lora = memory.generate(handle, as_condition(golden["case1.condition"]))
+    assert next(handle.generator.parameters()).dtype == memory.WEIGHT_DTYPES[name]
     flat = torch.cat([pair.up.float().flatten() for pair in lora.pairs])
     reference = torch.cat([golden[f"case1.out.{n}.lora_B"].flatten() for n in lora.names])
     error = float((flat - reference).norm() / reference.norm())
@@ -112,7 +113,7 @@ def test_weight_dtypes_stay_near_float32(gen_2, golden, name, bound):
 
 def test_the_host_can_load_it_again_by_itself(gen_2, golden):
     """MultiGPU and the trainer ask a patcher for a second, non-dynamic copy of its model."""
-    handle = generators.load(gen_2)
+    handle = memory.load(gen_2)
     copy = handle.patcher.clone(force_deepcopy=True)
     assert copy.model is not handle.patcher.model
     ours, theirs = handle.patcher.model_state_dict(), copy.model_state_dict()
@@ -122,8 +123,8 @@ def test_the_host_can_load_it_again_by_itself(gen_2, golden):
 def test_progress_is_shown_and_cancel_works_between_chunks(gen_2, golden, monkeypatch):
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
-    handle, condition = generators.load(gen_2), as_condition(golden["case1.condition"])
-    whole = generators.generate(handle, condition)
+    handle, condition = memory.load(gen_2), as_condition(golden["case1.condition"])
+    whole = memory.generate(handle, condition)
     assert seen[-1][0] == seen[-1][1] and [value for value, _ in seen] == sorted(value for value, _ in seen)
 
     def cancel_at_once(value, total, *_, **__):
@@ -132,16 +133,16 @@ def test_progress_is_shown_and_cancel_works_between_chunks(gen_2, golden, monkey
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", cancel_at_once)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        generators.generate(handle, condition)
+        memory.generate(handle, condition)
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
-    again = generators.generate(handle, condition)
+    again = memory.generate(handle, condition)
     assert all(torch.equal(a.up, b.up) for a, b in zip(again.pairs, whole.pairs, strict=True))
 
 
 def test_the_cache_of_the_host_counts_a_lora_fully(gen_2, golden, monkeypatch):
     """Counted too low, LoRAs of old prompts would stay until nothing else fits. The host's own cache tells what it freed."""
-    handle = generators.load(gen_2)
-    lora = generators.generate(handle, as_condition(golden["case1.condition"]))
+    handle = memory.load(gen_2)
+    lora = memory.generate(handle, as_condition(golden["case1.condition"]))
 
     def freed(*outputs) -> int:
         cache = comfy_execution.caching.RAMPressureCache(None)
@@ -160,16 +161,16 @@ def test_not_finite_is_one_error_that_names_the_layer(gen_2, golden, tmp_path):
     generator.model.layer_pos.weight[1] = float("nan")
     path = save_generator(generator, tmp_path / "nan.safetensors")
     with pytest.raises(GenerationError, match="not finite in layer [01]"):
-        generators.generate(generators.load(path), as_condition(golden["case1.condition"]))
+        memory.generate(memory.load(path), as_condition(golden["case1.condition"]))
     bad = golden["case1.condition"].clone()
     bad[0, 0, 0] = float("inf")
     with pytest.raises(ConditionError, match="NaN or infinity"):
-        generators.generate(generators.load(gen_2), as_condition(bad))
+        memory.generate(memory.load(gen_2), as_condition(bad))
 
 
 def test_a_condition_of_another_width_names_both(gen_2):
     with pytest.raises(ConditionError, match=r"conditioning \(1, 5, 63\).*reads hidden_states \(batch, length, 64\)"):
-        generators.generate(generators.load(gen_2), as_condition(torch.zeros(1, 5, 63)))
+        memory.generate(memory.load(gen_2), as_condition(torch.zeros(1, 5, 63)))
 
 
 def test_parts_have_their_own_range_of_the_width():
@@ -178,13 +179,13 @@ def test_parts_have_their_own_range_of_the_width():
     generator = Generator(config).initialize(0)
     text, vision = torch.randn(1, 5, 12), torch.randn(1, 3, 8)
     both = Condition((ConditionPart(CLIP_VISION, vision), ConditionPart(CONDITIONING, text)))
-    tokens = generators.assemble(both, config)
+    tokens = memory.assemble(both, config)
     assert tokens.shape == (1, 8, 20)
     weight, bias = generator.hidden_in.weight, generator.hidden_in.bias
     expected = torch.cat((text @ weight[:, :12].T, vision @ weight[:, 12:].T), dim=1) + bias
     torch.testing.assert_close(generator.hidden_in(tokens), expected)
     with pytest.raises(ConditionError, match=r"conditioning \(1, 5, 12\).*clip_vision \(batch, length, 8\)"):
-        generators.assemble(as_condition(text), config)
+        memory.assemble(as_condition(text), config)
 
 
 def two_part_config() -> GeneratorConfig:
@@ -229,7 +230,7 @@ def test_the_folder_keeps_the_paths_of_others_and_lists_generators(hywu_folders,
     assert {"folder/", "sub/single.safetensors"} <= set(folders.generator_names())
     assert not any(name.startswith("folder/m") or name.endswith(".txt") for name in folders.generator_names())
     assert folders.generator_path("folder/") == hywu_folders / "folder"
-    assert generators.load(folders.generator_path("sub/single.safetensors")).config.rank == 4
+    assert memory.load(folders.generator_path("sub/single.safetensors")).config.rank == 4
 
 
 def test_a_generator_outside_the_folder_is_refused(hywu_folders):
@@ -240,8 +241,8 @@ def test_a_generator_outside_the_folder_is_refused(hywu_folders):
 
 def test_a_lora_is_saved_below_the_output_folder(tmp_path, monkeypatch, gen_2, golden):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    lora = generators.generate(generators.load(gen_2), as_condition(golden["case2.condition"].squeeze(1)))
-    last = lora_store.save_to_output(lora, "loras/edit", "stock", torch.bfloat16)
+    lora = memory.generate(memory.load(gen_2), as_condition(golden["case2.condition"].squeeze(1)))
+    last = store.save_to_output(lora, "loras/edit", "stock", torch.bfloat16)
     assert last == tmp_path / "loras" / "edit_00002_.safetensors"
     assert sorted(p.name for p in (tmp_path / "loras").iterdir()) == [
         "edit_00001_.safetensors",
@@ -255,9 +256,9 @@ def test_a_saved_lora_says_where_it_comes_from(tmp_path, monkeypatch, gen_2, gol
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     generator = load_generator(gen_2)
     generator.config.hywu["base"] = "Flux"
-    handle = generators.load(save_generator(generator, tmp_path / "edits.safetensors"))
+    handle = memory.load(save_generator(generator, tmp_path / "edits.safetensors"))
     condition = as_condition(golden["case1.condition"])._replace(instruction="make it blue")
-    path = lora_store.save_to_output(generators.generate(handle, condition), "lora", "stock", None)
+    path = store.save_to_output(memory.generate(handle, condition), "lora", "stock", None)
     with safe_open(str(path), "pt") as file:
         written = json.loads(file.metadata()["hywu"])
     alpha, rank = generator.config.alpha, generator.config.rank
@@ -276,7 +277,7 @@ def test_a_place_that_cannot_be_written_to_is_one_error(tmp_path, monkeypatch):
     lora = InstanceLora({"q": LoraFactor(torch.zeros(1, 2, 4), torch.zeros(1, 4, 2))})
     for prefix in ("loras/edit", "../../outside"):
         with pytest.raises(SaveError, match="Cannot save"):
-            lora_store.save_to_output(lora, prefix, "stock", None)
+            store.save_to_output(lora, prefix, "stock", None)
     assert [p.name for p in tmp_path.iterdir()] == ["loras"]
 
 
@@ -288,7 +289,7 @@ def test_damaged_checkpoints_are_named_before_anything_is_loaded(gen_2, tmp_path
 
     def refused(match: str) -> None:
         with pytest.raises(CheckpointError, match=match):
-            generators.load(path)
+            memory.load(path)
 
     renamed = {name.replace("norm_final", "norm_last"): tensor for name, tensor in state.items()}
     save_file(renamed, weights)

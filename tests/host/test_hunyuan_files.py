@@ -20,13 +20,13 @@ from hywu_core.bases.hunyuan_image3.convert import convert, verify
 from hywu_core.bases.hunyuan_image3.edit import to_conditioning
 from hywu_core.bases.hunyuan_image3.files import decoder_shapes, expert_keys, inspect_base
 from hywu_core.bases.hunyuan_image3.loader import load
-from hywu_core.bases.hunyuan_image3.moe import Rows
 from hywu_core.bases.hunyuan_image3.quantised import FORMATS, can_be_quantised
 from hywu_core.bases.hunyuan_image3.reason import Choice, generate
 from hywu_core.bases.hunyuan_image3.text_mode import read_edit
 from hywu_core.condition import assemble
 from hywu_core.errors import CheckpointError, MatchError, SaveError
-from hywu_core.host.apply import apply_lora
+from hywu_core.host.lora.apply import apply_lora
+from hywu_core.host.lora.experts import Rows
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"

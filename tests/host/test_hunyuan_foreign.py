@@ -17,8 +17,8 @@ from hywu_core.bases.hunyuan_image3 import loader
 from hywu_core.bases.hunyuan_image3.text_mode import read_edit
 from hywu_core.condition import HIDDEN_STATES, Condition
 from hywu_core.errors import ConditionError, MatchError
-from hywu_core.host import generators
-from hywu_core.host.apply import applied_loras, apply_lora, beside
+from hywu_core.host import memory
+from hywu_core.host.lora.apply import applied_loras, apply_lora, beside
 
 
 class Bank(nn.Module):
@@ -145,7 +145,7 @@ def test_reasoning_needs_a_head(setting):
 
 def test_a_generator_reads_its_condition(setting):
     _, theirs, edit, lora = setting
-    handle = generators.load(FIXTURES / "pg_tiny")
-    found = generators.generate(handle, read_edit(theirs, edit).condition)
+    handle = memory.load(FIXTURES / "pg_tiny")
+    found = memory.generate(handle, read_edit(theirs, edit).condition)
     name = "model.layers.2.mlp.experts.w2"
     assert relative(found.factors[name].up, lora.factors[name].up) < 1e-5

@@ -16,7 +16,7 @@ from hywu_core.bases.hunyuan_image3.loader import load
 from hywu_core.bases.hunyuan_image3.sizes import buckets
 from hywu_core.bases.hunyuan_image3.text_mode import prepare, read_edit
 from hywu_core.condition import assemble
-from hywu_core.host.apply import apply_lora
+from hywu_core.host.lora.apply import apply_lora
 
 GRID = (14, 18)
 LAYERS, STEPS = 3, 3

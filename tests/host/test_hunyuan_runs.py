@@ -17,8 +17,8 @@ from hywu_core.bases.hunyuan_image3.edit import to_conditioning
 from hywu_core.bases.hunyuan_image3.loader import load
 from hywu_core.bases.hunyuan_image3.text_mode import read_edit
 from hywu_core.condition import assemble
-from hywu_core.host.apply import apply_lora
-from hywu_core.lora_files import to_state_dict
+from hywu_core.files.lora_files import to_state_dict
+from hywu_core.host.lora.apply import apply_lora
 
 SIGMAS = tiny.golden("base")["step0.sigma"]
 SAME = 5e-6  # relative L2

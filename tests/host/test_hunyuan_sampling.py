@@ -22,7 +22,7 @@ from hywu_core.bases.hunyuan_image3.loader import load
 from hywu_core.bases.hunyuan_image3.text_mode import read_edit
 from hywu_core.condition import assemble
 from hywu_core.errors import ConditionError
-from hywu_core.host.apply import apply_lora
+from hywu_core.host.lora.apply import apply_lora
 
 BASE = 256
 PREFIX, CELLS = 415, 14 * 18  # tokens before the timestep, and of the image that is generated

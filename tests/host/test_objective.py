@@ -7,8 +7,8 @@ import torch
 
 from hywu_core import Generator, InstanceLora
 from hywu_core.errors import MatchError
-from hywu_core.host.apply import apply_lora
-from hywu_core.host.training import DiffusionObjective
+from hywu_core.host.lora.apply import apply_lora
+from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.training import GeneratorTrainable, Sample, SharedLora, TrainConfig, Trainer
 from hywu_core.training.data import Draw, batch_of
 from hywu_core.training.trainable import leaves

@@ -9,10 +9,10 @@ from PIL import Image
 
 from hywu_core import load_generator
 from hywu_core.bases import pocket
-from hywu_core.bases.pocket import edits, evaluation, figures, methods, pictures, report
-from hywu_core.bases.pocket.task import Case, EditingTask, from_latent, to_latent
 from hywu_core.condition import patches
 from hywu_core.lora import cosine
+from study import edits, evaluation, figures, methods, pictures, report
+from study.task import Case, EditingTask, from_latent, to_latent
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ from families import FAMILIES, build, conditioning
 
 from hywu_core import MatchError
 from hywu_core.condition import CLIP_VISION, CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart
-from hywu_core.host import stacks
+from hywu_core.host import model, new_generator
 from hywu_core.host.conditions import from_host
 from hywu_core.layout import target_names, token_spans
 
@@ -33,17 +33,17 @@ def example(family, source=True):
 def test_every_family_has_its_stack(family):
     family, expected = family
     base = family.model.model
-    found = stacks.find_stacks(base)
+    found = model.find_stacks(base)
     assert {stack.path for stack in found} == set(expected)
-    assert stacks.choose_stack(base).path == expected[0]
+    assert model.choose_stack(base).path == expected[0]
     assert {stack.blocks for stack in found} == {2}
 
 
 def test_targets_are_linear_layers_of_every_block_and_fit_the_base(family):
     family, _ = family
     base = family.model.model
-    config = stacks.generator_config(base, example(family), rank=4, alpha=8.0, encoder_layers=1)
-    stacks.check_fits(base, config)
+    config = new_generator.generator_config(base, example(family), rank=4, alpha=8.0, encoder_layers=1)
+    new_generator.check_fits(base, config)
     for name in target_names(config):
         layer = base.diffusion_model.get_submodule(name)
         assert isinstance(layer, torch.nn.Linear)
@@ -53,24 +53,24 @@ def test_targets_are_linear_layers_of_every_block_and_fit_the_base(family):
 
 
 def test_presets_hold_what_they_say():
-    stack = stacks.choose_stack(FAMILIES["flux_double"]().model.model)
+    stack = model.choose_stack(FAMILIES["flux_double"]().model.model)
     attention, both, everything = (
-        set(stacks.choose_targets(stack, preset))
-        for preset in (stacks.ATTENTION, stacks.ATTENTION_AND_FEED_FORWARD, stacks.ALL)
+        set(model.choose_targets(stack, preset))
+        for preset in (model.ATTENTION, model.ATTENTION_AND_FEED_FORWARD, model.ALL)
     )
     assert attention == {f"{stream}_attn.{layer}" for stream in ("img", "txt") for layer in ("qkv", "proj")}
     assert both == attention | {f"{stream}_mlp.{layer}" for stream in ("img", "txt") for layer in (0, 2)}
     assert everything == both | {"img_mod.lin", "txt_mod.lin"} == set(stack.linears)
-    assert set(stacks.choose_targets(stack, stacks.ALL, "img_attn.*, txt_mlp.0")) == {
+    assert set(model.choose_targets(stack, model.ALL, "img_attn.*, txt_mlp.0")) == {
         "img_attn.qkv", "img_attn.proj", "txt_mlp.0",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", stacks.SIZES)
+@pytest.mark.parametrize("size", new_generator.SIZES)
 @pytest.mark.parametrize("rank", [1, 3, 4, 16])
 def test_tokens_are_filled_well(size, rank):
     family = FAMILIES["qwen_image"]()
-    config = stacks.generator_config(family.model.model, example(family), size=size, rank=rank, alpha=2.0 * rank)
+    config = new_generator.generator_config(family.model.model, example(family), size=size, rank=rank, alpha=2.0 * rank)
     spans = token_spans(config)
     held = sum(span.tokens for span in spans) * rank * config.token_dim
     assert sum(span.elements for span in spans) / held > 0.95
@@ -79,7 +79,7 @@ def test_tokens_are_filled_well(size, rank):
 
 def test_the_token_of_a_large_base_is_as_wide_as_the_generator_can_make_it():
     widths = {"attn": (3072, 9216), "mlp": (3072, 12288)}
-    assert stacks._token_dim(widths, 128) == 128
+    assert new_generator._token_dim(widths, 128) == 128
 
 
 def test_a_model_without_a_stack_is_one_clear_error():
@@ -92,36 +92,34 @@ def test_a_model_without_a_stack_is_one_clear_error():
         }
     )  # fmt: skip
     model = build(config)
-    with pytest.raises(stacks.StackError, match="no stack of like blocks"):
-        stacks.choose_stack(model.model)
+    with pytest.raises(model.StackError, match="no stack of like blocks"):
+        model.choose_stack(model.model)
 
 
 def test_wrong_names_say_what_there_is():
     family = FAMILIES["flux_double"]()
     base = family.model.model
-    with pytest.raises(
-        stacks.StackError, match=r"no stack 'layers'. It has: double_blocks \(2 blocks\), single_blocks"
-    ):
-        stacks.choose_stack(base, "layers")
-    with pytest.raises(stacks.StackError, match=r"matches attn\*. Its blocks have img_mod.lin, img_attn.qkv"):
-        stacks.choose_targets(stacks.choose_stack(base), stacks.ALL, "attn*")
-    with pytest.raises(stacks.StackError, match="'all linear layers', or name"):
-        stacks.choose_targets(stacks.choose_stack(base, "single_blocks"), stacks.ATTENTION)
+    with pytest.raises(model.StackError, match=r"no stack 'layers'. It has: double_blocks \(2 blocks\), single_blocks"):
+        model.choose_stack(base, "layers")
+    with pytest.raises(model.StackError, match=r"matches attn\*. Its blocks have img_mod.lin, img_attn.qkv"):
+        model.choose_targets(model.choose_stack(base), model.ALL, "attn*")
+    with pytest.raises(model.StackError, match="'all linear layers', or name"):
+        model.choose_targets(model.choose_stack(base, "single_blocks"), model.ATTENTION)
 
 
 def test_an_example_without_what_is_to_be_read_is_one_clear_error():
     family = FAMILIES["flux_double"]()
-    with pytest.raises(stacks.StackError, match="no reference_latent: it has conditioning. Put the source picture"):
-        stacks.generator_config(family.model.model, example(family, source=False))
-    with pytest.raises(stacks.StackError, match="no clip_vision.*Wire a CLIP_VISION_OUTPUT"):
-        stacks.generator_config(family.model.model, example(family), source="instruction and CLIP Vision")
+    with pytest.raises(model.StackError, match="no reference_latent: it has conditioning. Put the source picture"):
+        new_generator.generator_config(family.model.model, example(family, source=False))
+    with pytest.raises(model.StackError, match="no clip_vision.*Wire a CLIP_VISION_OUTPUT"):
+        new_generator.generator_config(family.model.model, example(family), source="instruction and CLIP Vision")
 
 
 def test_parts_are_read_off_the_example():
     family = FAMILIES["qwen_image"]()
     features = ConditionPart(CLIP_VISION, torch.zeros(1, 9, 24))
     seen = Condition((*example(family).parts, features))
-    config = stacks.generator_config(family.model.model, seen, source="everything wired in")
+    config = new_generator.generator_config(family.model.model, seen, source="everything wired in")
     kinds = {part["kind"]: part["width"] for part in config.hywu["condition"]}
     assert kinds == {CONDITIONING: 12, REFERENCE_LATENT: 16 * 2 * 2, CLIP_VISION: 24}
     assert config.input_dim == 12 + 64 + 24
@@ -129,9 +127,9 @@ def test_parts_are_read_off_the_example():
 
 def test_a_generator_of_another_base_is_refused_before_any_work():
     made_for, other = FAMILIES["qwen_image"](), FAMILIES["wan"]()
-    config = stacks.generator_config(made_for.model.model, example(made_for))
+    config = new_generator.generator_config(made_for.model.model, example(made_for))
     with pytest.raises(MatchError, match="None of the LoRA's .* generated for QwenImage"):
-        stacks.check_fits(other.model.model, config)
+        new_generator.check_fits(other.model.model, config)
 
 
 def test_the_example_conditioning_is_not_changed():

@@ -13,9 +13,10 @@ from families import FAMILIES, conditioning, flux, qwen_image, weights
 from hywu_core import MatchError, SaveError
 from hywu_core.bases.pocket import load_pocket_editor
 from hywu_core.errors import ConditionError, HywuError
-from hywu_core.files import open_safetensors
-from hywu_core.host import conditions, evaluate, generator_store, generators, samples, train
-from hywu_core.host.training import trainable_copy
+from hywu_core.files.safetensors import open_safetensors
+from hywu_core.host import conditions, memory
+from hywu_core.host.training import evaluate, in_server, pairs_of_lists
+from hywu_core.host.training.objective import trainable_copy
 from hywu_core.training import TrainConfig, TrainingError
 
 PAIRS = 6
@@ -42,16 +43,16 @@ def pairs(family, count=PAIRS, width=12):
 
 
 def new(family, positive, **settings):
-    return generators.new_for(
+    return memory.new_for(
         family.model, positive[0], settings.pop("source", "instruction and source picture"),
         **{"seed": 0, "rank": 4, "alpha": 8.0, "size": "small", **settings},
     )  # fmt: skip
 
 
 def run(family, handle, latents, positive, reads=None, steps=12, name="run", **settings):
-    options = train.RunOptions(**{"name": name, "checkpointing": False, **settings.pop("options", {})})
+    options = in_server.RunOptions(**{"name": name, "checkpointing": False, **settings.pop("options", {})})
     how = TrainConfig(**{"steps": steps, "batch": 4, "learning_rate": 3e-3, "warmup": 2, **settings})
-    return train.train(family.model, handle, latents, positive, reads, how, options)
+    return in_server.train(family.model, handle, latents, positive, reads, how, options)
 
 
 @pytest.mark.parametrize("family", [lambda: flux(channels=16), qwen_image], ids=["flux", "qwen_image"])
@@ -67,7 +68,7 @@ def test_the_loss_falls_and_neither_base_nor_generator_changes(family):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(family.model).items())
     assert all(torch.equal(tensor, first[name]) for name, tensor in handle.generator.state_dict().items())
     assert trained.handle.config.hywu["training"]["pairs"] == PAIRS
-    lora = generators.generate(trained.handle, conditions.from_host(positive[0]))
+    lora = memory.generate(trained.handle, conditions.from_host(positive[0]))
     assert max(float(pair.up.abs().max()) for pair in lora.pairs) > 0
 
 
@@ -87,18 +88,18 @@ def test_one_run_or_two_with_a_pause_give_the_same_generator():
 
 def interrupted_after(steps, work):
     """Press Cancel after some steps of training."""
-    after = train._Run._after_step
+    after = in_server._Run._after_step
 
     def pressing(self, report):
         if report.step + 1 == steps:
             comfy.model_management.interrupt_current_processing()
         after(self, report)
 
-    train._Run._after_step = pressing
+    in_server._Run._after_step = pressing
     try:
         return work()
     finally:
-        train._Run._after_step = after
+        in_server._Run._after_step = after
         comfy.model_management.interrupt_current_processing(False)
 
 
@@ -151,26 +152,26 @@ def test_a_trained_generator_survives_saving_with_how_it_was_trained(output):
     family = flux(channels=16)
     latents, positive = pairs(family)
     trained = run(family, new(family, positive), latents, positive, steps=2)
-    path = generator_store.save(trained.handle, "mine")
+    path = memory.save(trained.handle, "mine")
     assert path == output / "hywu" / "mine.safetensors"
-    loaded = generators.load(path)
+    loaded = memory.load(path)
     condition = conditions.from_host(positive[0])
-    made, kept = (generators.generate(handle, condition) for handle in (trained.handle, loaded))
+    made, kept = (memory.generate(handle, condition) for handle in (trained.handle, loaded))
     assert all(
         torch.equal(a, b) for x, y in zip(made.pairs, kept.pairs, strict=True) for a, b in zip(x, y, strict=True)
     )
     assert loaded.config.hywu["base"] == "Flux"
     assert {"steps": 2, "pairs": PAIRS, "run": "run"}.items() <= loaded.config.hywu["training"].items()
-    assert generator_store.save(trained.handle, "mine").name == "mine-2.safetensors"
+    assert memory.save(trained.handle, "mine").name == "mine-2.safetensors"
 
 
 @pytest.mark.parametrize("name", ["", "  ", "../elsewhere", "/tmp/elsewhere", "."])
 def test_names_that_lead_elsewhere_are_refused(name):
     family = flux(channels=16)
     with pytest.raises(SaveError, match="no name for a run"):
-        train.run_folder(name)
+        in_server.run_folder(name)
     with pytest.raises(SaveError, match="no name for a generator"):
-        generator_store.save(new(family, pairs(family)[1]), name)
+        memory.save(new(family, pairs(family)[1]), name)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_pair_and_keeps_the_last_good_state(output):
@@ -243,7 +244,7 @@ def test_wrong_pairs_are_one_clear_error_each():
     family = flux(channels=16)
     handle = new(family, pairs(family)[1])
     for what, (latents, positive, reads, words) in wrong_pairs(family).items():
-        with pytest.raises(samples.DataError, match=words):
+        with pytest.raises(pairs_of_lists.DataError, match=words):
             run(family, handle, latents, positive, reads)
         assert what
 
@@ -252,7 +253,7 @@ def test_other_bad_input_is_one_clear_error():
     family, other = flux(channels=16), qwen_image()
     latents, positive = pairs(family)
     handle = new(family, positive)
-    with pytest.raises(samples.DataError, match="5 cannot be held out: at least 2"):
+    with pytest.raises(pairs_of_lists.DataError, match="5 cannot be held out: at least 2"):
         run(family, handle, latents, positive, options={"held_out": 5})
     with pytest.raises(MatchError, match="None of the LoRA's"):
         run(other, handle, *pairs(other))
@@ -274,12 +275,12 @@ def test_a_quantised_base_is_refused():
 def test_memory_is_given_back(monkeypatch):
     copies = []
 
-    class Remembered(train.DiffusionObjective):
+    class Remembered(in_server.DiffusionObjective):
         def __init__(self, model, stacks=None):
             super().__init__(model, stacks)
             copies.append(weakref.ref(self.patcher.model))
 
-    monkeypatch.setattr(train, "DiffusionObjective", Remembered)
+    monkeypatch.setattr(in_server, "DiffusionObjective", Remembered)
     monkeypatch.setattr(evaluate, "DiffusionObjective", Remembered)
     with torch.inference_mode():
         model, clip, vae = load_pocket_editor()
@@ -287,9 +288,9 @@ def test_memory_is_given_back(monkeypatch):
         words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("darker", "brighter")]
         positive = [[[entry[0], entry[1] | {"reference_latents": [source]}]] for (entry,) in words]
         latents = [{"samples": source * 0.5}, {"samples": source}]
-        handle = generators.new_for(model, positive[0], "instruction", 0, rank=2, alpha=4.0)
-        options = train.RunOptions("memory", validate_every=1, vae=vae)
-        train.train(model, handle, latents, positive, None, TrainConfig(steps=1, batch=2), options)
+        handle = memory.new_for(model, positive[0], "instruction", 0, rank=2, alpha=4.0)
+        options = in_server.RunOptions("memory", validate_every=1, vae=vae)
+        in_server.train(model, handle, latents, positive, None, TrainConfig(steps=1, batch=2), options)
         evaluate.evaluate_generator(model, handle, latents, positive)
     gc.collect()
     assert len(copies) == 2 and not [copy for copy in copies if copy() is not None]
@@ -299,10 +300,10 @@ def test_buckets_and_one_conditioning_for_all():
     family = flux(channels=16)
     latents, positive = pairs(family)
     config = new(family, positive).config
-    apart = samples.host_pairs(family.model, config, latents, positive)
+    apart = pairs_of_lists.host_pairs(family.model, config, latents, positive)
     bucket = [{"samples": torch.cat([value["samples"] for value in latents])}]
-    together = samples.host_pairs(family.model, config, bucket, [[entry for (entry,) in positive]])
-    blind = samples.host_pairs(family.model, config, latents, [positive[0]], positive)
+    together = pairs_of_lists.host_pairs(family.model, config, bucket, [[entry for (entry,) in positive]])
+    blind = pairs_of_lists.host_pairs(family.model, config, latents, [positive[0]], positive)
     for one, two, three in zip(apart.samples, together.samples, blind.samples, strict=True):
         assert torch.equal(one.latent, two.latent) and torch.equal(one.condition, two.condition)
         assert torch.equal(one.condition, three.condition)
@@ -327,7 +328,7 @@ def test_the_generator_in_training_may_be_made_in_inference_mode():
         latents, positive = pairs(family)
         handle = new(family, positive)
         trained = run(family, handle, latents, positive, steps=2)
-        lora = generators.generate(trained.handle, conditions.from_host(positive[0]))
+        lora = memory.generate(trained.handle, conditions.from_host(positive[0]))
     assert torch.isfinite(lora.pairs[0].down).all()
 
 
@@ -344,7 +345,9 @@ def test_evaluation_tells_a_generator_that_reads_from_one_that_does_not():
     assert image.ndim == 4 and image.shape[-1] == 3 and 0 <= float(image.min()) and float(image.max()) <= 1
     fresh = new(family, positive)
     objective = evaluate.DiffusionObjective(family.model)
-    found = evaluate.evaluate(objective, fresh, samples.host_pairs(family.model, fresh.config, latents, positive))
+    found = evaluate.evaluate(
+        objective, fresh, pairs_of_lists.host_pairs(family.model, fresh.config, latents, positive)
+    )
     assert all(torch.equal(losses, found.losses["base"]) for losses in found.losses.values())  # its LoRAs are zero
 
 
@@ -395,9 +398,9 @@ def test_a_generator_reads_the_hidden_states_that_training_computed():
     assert [part["kind"] for part in handle.config.hywu["condition"]] == ["hidden_states"]
     trained = run(family, handle, latents, positive, steps=2)
     condition = conditions.from_host(positive[0], model=family.model)
-    assert generators.generate(trained.handle, condition).batch == 1
+    assert memory.generate(trained.handle, condition).batch == 1
     with pytest.raises(ConditionError, match="reads hidden_states"):
-        generators.generate(trained.handle, conditions.from_host(positive[0]))
+        memory.generate(trained.handle, conditions.from_host(positive[0]))
 
 
 def test_a_deep_copy_is_made_where_weights_came_from_inference_mode():

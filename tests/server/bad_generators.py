@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hywu_core import Generator, GeneratorConfig, save_generator
-from hywu_core.checkpoint import CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE
+from hywu_core.files.checkpoint import CONFIG_FILE, CONFIG_KEY, WEIGHTS_FILE
 
 RENAMED = "model.blocks.0.norm1.weight"
 

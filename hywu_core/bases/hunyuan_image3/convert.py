@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import CheckpointError, SaveError
-from ...files import atomic_write
-from ...shards import DTYPES, INDEX_FILE, some
+from ...files.safetensors import atomic_write
+from ...files.shards import DTYPES, INDEX_FILE, some
 from . import quantised
 from .config import CONFIG_FILE, GENERATION_FILE
 from .files import CONVERSION_FILE, PROMPT_FILE, PROMPT_TEXT_FILE, BaseFiles, Shards, decoder_shapes, inspect_base

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import open_safetensors
-from ...shards import DTYPES, INDEX_FILE, Header, folder_shards, read_headers, some
+from ...files.safetensors import open_safetensors
+from ...files.shards import DTYPES, INDEX_FILE, Header, folder_shards, read_headers, some
 from . import quantised, vae, vision
 from .config import BaseConfig
 from .quantised import MARK, Stored

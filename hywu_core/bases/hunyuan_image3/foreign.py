@@ -13,9 +13,10 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from ...host.lora.experts import Rows
 from ...layout import FOREIGN_BANKS
 from .config import BaseConfig
-from .moe import Experts, MixtureOfExperts, Router, Rows
+from .moe import Experts, MixtureOfExperts, Router
 from .transformer import HunyuanImage3
 
 OPTIONAL = ("lm_head", "model.ln_f")

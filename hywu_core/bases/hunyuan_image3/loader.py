@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...shards import main_dtype
+from ...files.shards import main_dtype
 from . import vision
 from .base_model import HostConfig, HostModel, manage
 from .edit import Encoder

@@ -16,10 +16,10 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...checkpoint import load_generator
 from ...errors import ConditionError
+from ...files.checkpoint import load_generator
 from ...generator import Generator
-from ...host.apply import apply_lora
+from ...host.lora.apply import apply_lora
 from . import vision
 from .edit import Edit, Encoder, Wishes, make_edit, to_conditioning
 from .loader import load

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import open_safetensors, write_safetensors
+from ...files.safetensors import open_safetensors, write_safetensors
 
 CONFIG_KEY = "pocket_editor_config"  # of the file's metadata
 FLUX_WIDTH, FLUX_PATCH = 3072, 2  # what the host's memory estimate for Flux was measured on, patch in latent pixels

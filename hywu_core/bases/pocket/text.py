@@ -24,7 +24,7 @@ from comfy.ldm.modules.attention import optimized_attention_for_device
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...files import open_safetensors, write_safetensors
+from ...files.safetensors import open_safetensors, write_safetensors
 
 CONFIG_KEY = "pocket_text_config"  # of the file's metadata
 NAME = "pocket"  # of the encoder inside the host's CLIP

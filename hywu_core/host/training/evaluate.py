@@ -16,14 +16,15 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..lora import InstanceLora, blend
-from ..training.data import Draw
-from ..training.statistics import Interval, bootstrap
-from . import charts, generators
-from .generators import GeneratorHandle
-from .samples import HostPairs, host_pairs
-from .stacks import check_fits
-from .training import DiffusionObjective, refuse_quantised
+from ...analysis.statistics import Interval, bootstrap
+from ...lora import InstanceLora, blend
+from ...training.data import Draw
+from .. import memory
+from ..lora import charts
+from ..memory import GeneratorHandle
+from ..new_generator import check_fits
+from .objective import DiffusionObjective, refuse_quantised
+from .pairs_of_lists import HostPairs, host_pairs
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the sampling, noise at its start
 AVERAGED = 16  # instances whose products are averaged, at most
@@ -110,7 +111,7 @@ def losses_of(
 
 def written(handle: GeneratorHandle, condition: Tensor) -> InstanceLora:
     """The LoRA of one assembled condition (L, input_dim)."""
-    return generators.write(handle, condition.unsqueeze(0))
+    return memory.write(handle, condition.unsqueeze(0))
 
 
 def partners(instructions: Sequence[str], seed: int) -> list[int]:

@@ -19,12 +19,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..condition import Condition, assemble
-from ..config import GeneratorConfig
-from ..errors import HywuError
-from ..files import open_safetensors, write_safetensors
-from ..training.data import Sample
-from .conditions import from_host
+from ...condition import Condition, assemble
+from ...config import GeneratorConfig
+from ...errors import HywuError
+from ...files.safetensors import open_safetensors, write_safetensors
+from ...training.data import Sample
+from ..conditions import from_host
 
 LISTS, COLUMNS = ("pairs.jsonl", "pairs.csv"), ("source", "target", "instruction")
 SAME_SHAPE = 0.01  # relative difference of aspect ratios up to which pictures are cut to one size

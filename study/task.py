@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...condition import CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart, assemble
-from ...config import GeneratorConfig
-from ...training.data import Sample
+from hywu_core.condition import CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart, assemble
+from hywu_core.config import GeneratorConfig
+from hywu_core.training.data import Sample
+
 from .edits import Edit
 
 Regime = Literal["blind", "told"]

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..lora import InstanceLora
-from .apply import apply_lora
-from .samples import HostPairs
-from .sampling import sample
+from ...lora import InstanceLora
+from ..lora.apply import apply_lora
+from ..sampling import sample
+from .pairs_of_lists import HostPairs
 
 PAIRS, SIDE, GAP = 4, 192, 4  # shown at most; pixels of a picture, and between pictures
 

@@ -12,9 +12,9 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ..errors import CheckpointError
-from ..training.run import RunConfig
-from .pairs import Encoders
+from ...errors import CheckpointError
+from ...training.run import RunConfig
+from .pairs_of_folder import Encoders
 
 PIXEL_SPACE = "pixel_space"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

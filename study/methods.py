@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...condition import CONDITIONING, REFERENCE_LATENT, part_entry
-from ...config import GeneratorConfig
-from ...generator import Generator
-from ...host.training import DiffusionObjective
-from ...training import FullFineTuning, GeneratorTrainable, SharedLora, Trainable, TrainConfig
-from .editor import EditorConfig
+from hywu_core.bases.pocket.editor import EditorConfig
+from hywu_core.condition import CONDITIONING, REFERENCE_LATENT, part_entry
+from hywu_core.config import GeneratorConfig
+from hywu_core.generator import Generator
+from hywu_core.host.training.objective import DiffusionObjective
+from hywu_core.training import FullFineTuning, GeneratorTrainable, SharedLora, Trainable, TrainConfig
+
 from .task import Regime
 
 METHODS = ("shared", "shared_x4", "full", "generator")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...training.statistics import Interval, bootstrap
+from hywu_core.analysis.statistics import Interval, bootstrap
 
 TIE = 1.0  # dB; less than this is no separation
 CONTROLS = ("words", "other_image", "averaged", "shuffled", "opposite")

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import GeneratorConfig
-from .errors import CheckpointError
-from .files import atomic_write, open_safetensors, write_safetensors
-from .generator import Generator
+from ..config import GeneratorConfig
+from ..errors import CheckpointError
+from ..generator import Generator
+from .safetensors import atomic_write, open_safetensors, write_safetensors
 from .shards import DTYPES, WEIGHTS_FILE, Header, folder_shards, main_dtype, read_headers, some
 
 CONFIG_FILE = "config.json"

@@ -11,25 +11,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..bases import pocket
-from ..bases.pocket import methods, pictures
-from ..bases.pocket.edits import SUITES
-from ..bases.pocket.task import EditingTask
-from ..checkpoint import load_generator, save_generator
-from ..condition import Condition
-from ..config import GeneratorConfig
-from ..errors import ConfigError, HywuError
-from ..files import atomic_write
-from ..generator import Generator
-from ..training import GeneratorTrainable, RunLog, SampleSource, StepReport, Trainer, TrainingError
-from ..training.distributed import Accelerated, share_state
-from ..training.log import STATE
-from ..training.run import RunConfig
-from ..training.trainer import anywhere
-from ..training.validation import averaged_weights, validation_loss
-from . import base_files, stacks
-from .pairs import EncodedPairs, Encoders, Reading, fingerprint, hold_out, read_pairs
-from .training import DiffusionObjective, refuse_quantised
+from study import methods, pictures
+from study.edits import SUITES
+from study.task import EditingTask
+
+from ...bases import pocket
+from ...condition import SOURCES, Condition
+from ...config import GeneratorConfig
+from ...errors import ConfigError, HywuError
+from ...files.checkpoint import load_generator, save_generator
+from ...files.safetensors import atomic_write
+from ...generator import Generator
+from ...training import GeneratorTrainable, RunLog, SampleSource, StepReport, Trainer, TrainingError
+from ...training.distributed import Accelerated, share_state
+from ...training.log import STATE
+from ...training.run import RunConfig
+from ...training.trainer import anywhere
+from ...training.validation import averaged_weights, validation_loss
+from ..new_generator import check_fits, generator_config
+from . import base_files
+from .objective import DiffusionObjective, refuse_quantised
+from .pairs_of_folder import EncodedPairs, Encoders, Reading, fingerprint, hold_out, read_pairs
 
 GENERATOR, RUN, KEPT = "generator", "run.json", "encoded"  # in a run's folder, beside its state and logs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -99,7 +101,7 @@ def _prepare(
 
 
 def _trainer(run: RunConfig, task: Task, communication: Accelerated) -> Trainer:
-    stacks.check_fits(task.model.model, task.generator.config)
+    check_fits(task.model.model, task.generator.config)
     objective = DiffusionObjective(task.model, run.checkpoint_stack or None)
     generator = task.generator.to(objective.patcher.load_device)
     generator.checkpoint_blocks = run.checkpoint_generator
@@ -192,9 +194,9 @@ def _generator(run: RunConfig, model: Any, example: Condition | None) -> Generat
 
 
 def _new_config(run: RunConfig, model: Any, example: Condition) -> GeneratorConfig:
-    if run.source not in stacks.SOURCES:
-        raise ConfigError(f"source must be one of {', '.join(stacks.SOURCES)}, found {run.source!r}.")
-    return stacks.generator_config(
+    if run.source not in SOURCES:
+        raise ConfigError(f"source must be one of {', '.join(SOURCES)}, found {run.source!r}.")
+    return generator_config(
         model.model,
         example,
         run.generator_size,

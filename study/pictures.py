@@ -16,9 +16,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...errors import HywuError
+from hywu_core.bases import pocket
+from hywu_core.errors import HywuError
 
-FOLDER = Path(__file__).resolve().parent / "tiles"
+FOLDER = Path(pocket.__file__).resolve().parent / "tiles"
 TILE, COLUMNS = 64, 16  # pixels of a tile, tiles in a row of a sheet
 SPLITS = ("train", "validation", "test")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

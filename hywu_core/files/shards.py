@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import CheckpointError
-from .files import PICKLE_SUFFIXES, open_safetensors
+from ..errors import CheckpointError
+from .safetensors import PICKLE_SUFFIXES, open_safetensors
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import MatchError
+from ...errors import MatchError
 from .matching import Match
 
 

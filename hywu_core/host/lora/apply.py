@@ -22,12 +22,13 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
 
-from ..bases.hunyuan_image3.foreign import borrow_mixture
-from ..bases.hunyuan_image3.moe import MixtureOfExperts
-from ..errors import MatchError
-from ..layout import FOREIGN_BANKS
-from ..lora import InstanceLora
+from ...bases.hunyuan_image3.foreign import borrow_mixture
+from ...bases.hunyuan_image3.moe import MixtureOfExperts
+from ...errors import MatchError
+from ...layout import FOREIGN_BANKS
+from ...lora import InstanceLora
 from .bank import Adapter, Bank
+from .experts import ExpertLoraAdapter
 from .matching import Match, Matches, match
 
 KEY = "hywu"
@@ -183,34 +184,6 @@ def _bypass(clone: comfy.model_patcher.ModelPatcher, applied: Applied) -> None:
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, BypassWrapper(loras))
     clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), patcher])
-
-
-class ExpertLoraAdapter(comfy.weight_adapter.LoRAAdapter):
-    """The host's LoRA patch for a bank of experts: weights (up (E, out, r), down (E, r, in), alpha, None, None, None)."""
-
-    name = "hywu_experts"
-
-    def calculate_weight(
-        self,
-        weight,
-        key,
-        strength,
-        strength_model,
-        offset,
-        function,
-        intermediate_dtype=torch.float32,
-        original_weight=None,
-    ):
-        """W + strength * alpha / r * B . A for every expert, one at a time: a whole bank's product may not fit."""
-        up, down, alpha = self.weights[:3]
-        for expert in range(weight.shape[0]):
-            factors = (
-                comfy.model_management.cast_to_device(part[expert], weight.device, intermediate_dtype)
-                for part in (up, down)
-            )
-            delta = torch.mm(*factors) * (strength * alpha / down.shape[1])
-            weight[expert] += function(delta.type(weight.dtype))
-        return weight
 
 
 def _merge(clone: comfy.model_patcher.ModelPatcher, matched: tuple[Match, ...], scale: float, strength: float) -> None:

@@ -20,18 +20,19 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..errors import SaveError
-from ..files import atomic_write
-from ..training import GeneratorTrainable, RunLog, StepReport, TrainConfig, Trainer, TrainingError
-from ..training.log import STATE
-from ..training.validation import averaged_weights
-from . import generators
+from ...errors import SaveError
+from ...files.safetensors import atomic_write
+from ...training import GeneratorTrainable, RunLog, StepReport, TrainConfig, Trainer, TrainingError
+from ...training.log import STATE
+from ...training.validation import averaged_weights
+from .. import memory
+from ..memory import GeneratorHandle
+from ..model import find_stacks
+from ..new_generator import check_fits
 from .evaluate import losses_of
-from .generators import GeneratorHandle
+from .objective import DiffusionObjective, refuse_quantised
+from .pairs_of_lists import HostPairs, host_pairs
 from .previews import contact_sheet
-from .samples import HostPairs, host_pairs
-from .stacks import check_fits, find_stacks
-from .training import DiffusionObjective, refuse_quantised
 
 FOLDER = "hywu"  # below the output folder
 IDENTITY = "run.json"  # what a resumed run must have in common with the one it goes on with
@@ -146,9 +147,9 @@ class _Run:
             self.training, self.shown = pairs.split(options.held_out)
         stacks = ",".join(stack.path for stack in find_stacks(model.model))
         self.objective = DiffusionObjective(model, stacks if options.checkpointing else None)
-        self.generator = generators.trainable_copy(handle)
+        self.generator = memory.trainable_copy(handle)
         self.generator.checkpoint_blocks = options.checkpointing
-        self.patcher = generators.manage_training(self.generator)
+        self.patcher = memory.manage_training(self.generator)
         self.load()
         trainable = GeneratorTrainable(self.generator, PRECISIONS[options.precision])
         self.trainer = Trainer(trainable, self.objective, self.training, config)
@@ -184,7 +185,7 @@ class _Run:
         }
         config = replace(config, hywu={**config.hywu, "training": provenance})
         state = trainer.averaged or self.generator.state_dict()
-        handle = generators.from_state(config, state, self.options.name)
+        handle = memory.from_state(config, state, self.options.name)
         return Trained(handle, {"loss": list(losses)}, trainer.done)
 
     def release(self) -> None:

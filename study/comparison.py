@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import HywuError
-from ...files import open_safetensors, write_safetensors
-from ...training import SharedLora, Trainer
-from ...training.geometry import centred, cosines, gram, separation
-from ...training.trainable import GeneratorTrainable, leaves
-from . import evaluation, load_text_encoder, pocket_files
-from .editor import load_editor
+from hywu_core.analysis.geometry import centred, cosines, gram, separation
+from hywu_core.bases.pocket import load_text_encoder, pocket_files
+from hywu_core.bases.pocket.editor import load_editor
+from hywu_core.errors import HywuError
+from hywu_core.files.safetensors import open_safetensors, write_safetensors
+from hywu_core.training import SharedLora, Trainer
+from hywu_core.training.trainable import GeneratorTrainable, leaves
+
+from . import evaluation
 from .edits import SUITES
 from .methods import Run, build, generator_config
 from .pictures import compose

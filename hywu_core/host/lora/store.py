@@ -9,9 +9,9 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ..errors import LoraError, SaveError
-from ..lora import InstanceLora, blend, truncate
-from ..lora_files import Dialect, from_state_dict, load_lora, save_lora
+from ...errors import LoraError, SaveError
+from ...files.lora_files import Dialect, from_state_dict, load_lora, save_lora
+from ...lora import InstanceLora, blend, truncate
 
 FOLDER = "loras"
 SAVE_DTYPES = {

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..lora import InstanceLora, cosine, norms
+from ...lora import InstanceLora, cosine, norms
 
 _LAYER = re.compile(r"^(?P<stack>.*?)(?P<layer>\d+)\.(?P<target>.+)$")  # the first number of a name is the layer
 CELL, MARGIN, LINE = 44, 10, 16  # pixels

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import comfy.lora
 import torch
 
-from ..errors import MatchError
-from ..layout import Placement, beside_the_router, place
-from ..lora import InstanceLora, LoraFactor
+from ...errors import MatchError
+from ...layout import Placement, beside_the_router, place
+from ...lora import InstanceLora, LoraFactor
 
 ROOT = "diffusion_model"
 SHOWN = 4

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import MatchError
-from ..lora import InstanceLora
-from ..training.data import Draw
-from ..training.trainable import instances
-from .apply import wrapped_forwards
-from .bank import Adapter
-from .matching import match
+from ...errors import MatchError
+from ...lora import InstanceLora
+from ...training.data import Draw
+from ...training.trainable import instances
+from ..lora.apply import wrapped_forwards
+from ..lora.bank import Adapter
+from ..lora.matching import match
 
 
 class GraphFactor:

@@ -11,12 +11,12 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ..condition import HIDDEN_STATES, Condition, assemble, expected_parts
-from ..config import GeneratorConfig
-from ..errors import HywuError
-from ..training.data import Sample
-from .conditions import from_host
-from .stacks import patch_size
+from ...condition import HIDDEN_STATES, Condition, assemble, expected_parts
+from ...config import GeneratorConfig
+from ...errors import HywuError
+from ...training.data import Sample
+from ..conditions import from_host
+from ..model import patch_size
 
 
 class DataError(HywuError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +12,20 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
+import folder_paths
 import torch
 from torch import Tensor
 
-from ..checkpoint import inspect_generator
 from ..chunked import memory_required
-from ..condition import Condition, assemble
+from ..condition import OF_THE_BASE, Condition, assemble
 from ..config import GeneratorConfig
-from ..errors import ConditionError
+from ..errors import ConditionError, SaveError
+from ..files.checkpoint import inspect_generator, save_generator
 from ..generator import Generator
 from ..lora import InstanceLora
 from .conditions import from_host
-from .stacks import OF_THE_BASE, generator_config
+from .folders import FOLDER, SUFFIX
+from .new_generator import generator_config
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -30,6 +33,14 @@ WEIGHT_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+
+
+SAVE_DTYPES = {
+    "as trained": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
 }
 
 
@@ -79,7 +90,7 @@ def new_for(
 
     Args:
         example: a CONDITIONING, or a Condition, as training will give them.
-        condition_source: one of `stacks.SOURCES`; settings: see `stacks.generator_config`.
+        condition_source: one of `condition.SOURCES`; settings: see `new_generator.generator_config`.
     Raises:
         StackError, ConfigError: see there. ConditionError: if the example is no single condition.
     """
@@ -143,7 +154,7 @@ def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
 def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int], None] | None = None) -> InstanceLora:
     """Write the LoRA of an assembled condition (B, L, input_dim); the host's cancel button works between chunks."""
     batch, length = tokens.shape[:2]
-    room = memory_required(handle.generator, batch, length, handle.compute_dtype)
+    room = memory_required(handle.config, batch, length, handle.compute_dtype)
     comfy.model_management.load_models_gpu([handle.patcher], memory_required=room)
 
     def interruptible(done: int, total: int) -> None:
@@ -158,6 +169,15 @@ def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int]
         progress=interruptible,
     )
     return lora.with_metadata(generator=handle.name, generator_hash=handle.fingerprint)
+
+
+def save(handle: GeneratorHandle, name: str, dtype: torch.dtype | None = None) -> Path:
+    """Write a generator as one file. One of the same name stays; the new one is numbered.
+
+    Raises:
+        SaveError: if the name leads out of the folder, or the file cannot be written; nothing is left half-written then.
+    """
+    return save_generator(handle.generator, _free_path(name), dtype)
 
 
 def _patcher(path: str | Path, dtype: torch.dtype, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -192,3 +212,18 @@ def _fingerprint(generator: Generator) -> str:
 def _compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     device = comfy.model_management.get_torch_device()
     return comfy.model_management.unet_manual_cast(weight_dtype, device) or weight_dtype
+
+
+def _free_path(name: str) -> Path:
+    root = Path(os.path.normpath(folder_paths.get_folder_paths(FOLDER)[0]))
+    stem = name.strip().removesuffix(SUFFIX)
+    path = Path(os.path.normpath(root / stem))
+    if not stem or path == root or not path.is_relative_to(root):
+        raise SaveError(
+            f"{name!r} is no name for a generator. Use a plain name such as my-edits; it is saved in {root}."
+        )
+    candidate, number = path.with_name(path.name + SUFFIX), 1
+    while os.path.exists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}{SUFFIX}")
+    return candidate

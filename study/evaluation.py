@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...generator import Generator
-from ...host.apply import apply_lora
-from ...host.sampling import sample
-from ...host.training import DiffusionObjective
-from ...lora import InstanceLora, LoraFactor, blend
-from ...training.data import Draw
-from ...training.statistics import psnr
-from ...training.trainable import leaves
+from hywu_core.analysis.statistics import psnr
+from hywu_core.generator import Generator
+from hywu_core.host.lora.apply import apply_lora
+from hywu_core.host.sampling import sample
+from hywu_core.host.training.objective import DiffusionObjective
+from hywu_core.lora import InstanceLora, LoraFactor, blend
+from hywu_core.training.data import Draw
+from hywu_core.training.trainable import leaves
+
 from .edits import opposite
 from .task import Case, EditingTask, from_latent
 

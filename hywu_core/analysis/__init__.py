@@ -1,0 +1,1 @@
+"""How generated dW lie to each other, and intervals for paired comparisons."""

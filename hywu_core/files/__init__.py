@@ -1,0 +1,1 @@
+"""Files in and out: safetensors written atomically and read with typed errors, generator checkpoints, LoRA files."""

@@ -1,0 +1,1 @@
+"""A LoRA and a MODEL of the host: matching, applying, files, charts."""

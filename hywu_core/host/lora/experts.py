@@ -1,0 +1,129 @@
+"""Banks of experts: the stacked weights of one projection of every expert of a mixture, run on rows sorted by expert, so that
+what stands beside a linear layer (an adapter) can stand beside a bank.
+
+Letters: B batch · L length · E experts · k experts per token · rows = B * L * k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.ops
+import comfy.weight_adapter
+import torch
+import torch.nn.functional as F
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """How rows that are sorted by expert came about."""
+
+    counts: list[int]  # (E) rows of each expert
+    samples: Tensor  # (rows,) which sample of the batch each row belongs to
+
+
+class Rows:
+    """How a bank of the host's kind runs on rows, whatever its weights are stored as."""
+
+    _singly = False
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (rows, in) sorted by expert -> (rows, out)."""
+        linear = self._expert_alone if self._singly else self.expert_linear
+        parts = x.split(routing.counts)
+        return torch.cat([linear(rows, expert) for expert, rows in enumerate(parts) if rows.shape[0]])
+
+    @contextmanager
+    def on_hand(self, x: Tensor, few: bool) -> Iterator[None]:
+        """For the time of the block, the bank is where x is; or, for a few rows of a bank that is elsewhere, only the experts
+        that they need are brought, one by one: a token of text needs an eighth of what an image does.
+        """
+        if few and self._is_elsewhere(x):
+            self._singly = True
+            try:
+                yield
+            finally:
+                self._singly = False
+        else:
+            with self.bank_resident(x):
+                yield
+
+    def _is_elsewhere(self, x: Tensor) -> bool:
+        """Patches that are added on the way want the whole bank."""
+        patched = self.weight_function or getattr(self, "weight_lowvram_function", None)
+        return self.weight.device != x.device and not patched
+
+    def _expert_alone(self, x: Tensor, expert: int) -> Tensor:
+        weight = self.expert_weight(expert).to(x.device)
+        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        return F.linear(x, weight.to(x.dtype))
+
+
+class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
+    """One projection of all experts, not quantised: weight (E, out, in), no bias. Used as the host's bank is."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, bias=False, device=None, dtype=None):
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        empty = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.register_parameter("bias", None)
+        self._resident: Tensor | None = None
+
+    @contextmanager
+    def bank_resident(self, x: Tensor) -> Iterator[None]:
+        """For the time of the block, the whole bank is where x is."""
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+        object.__setattr__(self, "_resident", weight)  # not as one more parameter of the module
+        try:
+            yield
+        finally:
+            self._resident = None
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def expert_linear(self, x: Tensor, expert: int) -> Tensor:
+        """x (rows, in) -> (rows, out) of one expert, inside `bank_resident`."""
+        return F.linear(x, self._resident[expert])
+
+    def expert_weight(self, expert: int) -> Tensor:
+        """(out, in) of one expert, where the bank is."""
+        return self.weight[expert]
+
+
+def make_bank(operations: Any, num_experts: int, in_features: int, out_features: int, **factory: Any) -> nn.Module:
+    """A bank of the host's own kind where its operations have one (quantised files), else a plain one."""
+    hosts = getattr(operations, "MoEExperts", None)
+    kind = ExpertBank if hosts is None else type("QuantizedExpertBank", (Rows, hosts), {})
+    return kind(num_experts, in_features, out_features, bias=False, **factory)
+
+
+class ExpertLoraAdapter(comfy.weight_adapter.LoRAAdapter):
+    """The host's LoRA patch for a bank of experts: weights (up (E, out, r), down (E, r, in), alpha, None, None, None)."""
+
+    name = "hywu_experts"
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        """W + strength * alpha / r * B . A for every expert, one at a time: a whole bank's product may not fit."""
+        up, down, alpha = self.weights[:3]
+        for expert in range(weight.shape[0]):
+            factors = (
+                comfy.model_management.cast_to_device(part[expert], weight.device, intermediate_dtype)
+                for part in (up, down)
+            )
+            delta = torch.mm(*factors) * (strength * alpha / down.shape[1])
+            weight[expert] += function(delta.type(weight.dtype))
+        return weight

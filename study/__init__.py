@@ -1,0 +1,1 @@
+"""What is measured on the pocket editor, and how. Not part of the published pack."""
