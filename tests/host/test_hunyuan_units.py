@@ -208,8 +208,11 @@ def test_other_sizes_are_refused(text):
 
 
 def test_timesteps_are_embedded_as_in_the_reference():
-    found = sinusoid(torch.tensor([0, 1000, 333.33, 982.5]))
-    torch.testing.assert_close(found, STORED["timestep_embedding"], atol=1e-6, rtol=0)
+    """Processors round a frequency's exponential differently in its last place, and a timestep turns it that many times."""
+    timesteps = torch.tensor([0, 1000, 333.33, 982.5])
+    room = 1e-6 + timesteps * torch.finfo(torch.float32).eps
+    error = (sinusoid(timesteps) - STORED["timestep_embedding"]).abs().amax(dim=1)
+    assert (error <= room).all(), error
 
 
 @pytest.mark.parametrize("name", sorted(n.removesuffix(".sigmas") for n in STORED if n.endswith(".sigmas")))
