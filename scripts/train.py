@@ -16,7 +16,7 @@ from in_host import enter_host
 
 from hywu_core.errors import HywuError
 from hywu_core.training.distributed import Accelerated
-from hywu_core.training.run import read_arguments
+from hywu_core.training.options import read_arguments
 
 PATIENCE = 3  # signals after which a process ends at once; launchers repeat what a terminal sends
 STOPPED = 130  # the exit code of a run that was asked to stop

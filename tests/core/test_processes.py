@@ -9,7 +9,7 @@ from hywu_core import Generator, GeneratorConfig
 from hywu_core.errors import ConfigError
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer, TrainingError
 from hywu_core.training.distributed import buckets
-from hywu_core.training.run import build_run, read_arguments
+from hywu_core.training.options import build_run, read_arguments
 from hywu_core.training.validation import averaged_weights
 
 

@@ -26,7 +26,7 @@ from hywu_core.host.training.pairs_of_folder import Encoders, PairError, hold_ou
 from hywu_core.training import TrainingError
 from hywu_core.training.distributed import Accelerated
 from hywu_core.training.log import LOG, STATE, VALIDATION
-from hywu_core.training.run import build_run
+from hywu_core.training.options import build_run
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]

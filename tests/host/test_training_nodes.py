@@ -16,7 +16,7 @@ from hywu_core.errors import ConditionError, HywuError
 from hywu_core.files.safetensors import open_safetensors
 from hywu_core.host import conditions, memory
 from hywu_core.host.training import evaluate, in_server, pairs_of_lists
-from hywu_core.host.training.objective import trainable_copy
+from hywu_core.host.training.objective import differentiable_base
 from hywu_core.training import TrainConfig, TrainingError
 
 PAIRS = 6
@@ -407,7 +407,7 @@ def test_a_deep_copy_is_made_where_weights_came_from_inference_mode():
     """What loaders in nodes give; the copy is what is trained on, and the MODEL given stays."""
     with torch.inference_mode():
         model, _, _ = load_pocket_editor()
-    copy = trainable_copy(model)
+    copy = differentiable_base(model)
     assert copy.model is not model.model
     assert not any(parameter.is_inference() for parameter in copy.model.parameters())
 

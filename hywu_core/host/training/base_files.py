@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 
 from ...errors import CheckpointError
-from ...training.run import RunConfig
+from ...training.options import RunConfig
 from .pairs_of_folder import Encoders
 
 PIXEL_SPACE = "pixel_space"

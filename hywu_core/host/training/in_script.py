@@ -25,7 +25,7 @@ from ...generator import Generator
 from ...training import GeneratorTrainable, RunLog, SampleSource, StepReport, Trainer, TrainingError
 from ...training.distributed import Accelerated, share_state
 from ...training.log import STATE
-from ...training.run import RunConfig
+from ...training.options import RunConfig
 from ...training.trainer import anywhere
 from ...training.validation import averaged_weights, validation_loss
 from ..new_generator import check_fits, generator_config
