@@ -3,20 +3,24 @@
     accelerate launch scripts/train.py --config run.json
     accelerate launch scripts/train.py --pocket --suite eight --steps 400 --output out/train
 
-The same command goes on with a run that was stopped (Ctrl-C and SIGTERM write its state first). COMFYUI_DIR names the host.
+The same command goes on with a run that was stopped: Ctrl-C and SIGTERM write its state first, and the generator as it is
+then. A file named `finish` in the run's folder ends it as if it were done; more --steps extend it. COMFYUI_DIR names the
+host.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import signal
 import sys
+from typing import Any
 
 from in_host import enter_host
 
-from hywu_core.errors import HywuError
+from hywu_core.errors import ConfigError, HywuError
 from hywu_core.training.distributed import Accelerated
-from hywu_core.training.options import read_arguments
+from hywu_core.training.options import RunConfig, read_arguments
 
 PATIENCE = 3  # signals after which a process ends at once; launchers repeat what a terminal sends
 STOPPED = 130  # the exit code of a run that was asked to stop
@@ -47,11 +51,12 @@ def run(arguments: list[str] | None = None) -> int:
     communication = Accelerated(config.cpu)  # chooses this process's device, so it comes before the host looks at them
     enter_host(cpu=config.cpu)
     logging.getLogger().setLevel(logging.WARNING)
-    from hywu_core.host.training.in_script import StoppedError, train
+    from hywu_core.host.training.in_script import train_on_folder
+    from hywu_core.host.training.session import StoppedError
 
     signals = Signals()
     try:
-        train(config, communication, signals.asked)
+        train_on_folder(config, communication, signals.asked, **(pocket_sources(config) if config.pocket else {}))
     except StoppedError as stopped:
         if communication.main:
             print(stopped)
@@ -59,6 +64,29 @@ def run(arguments: list[str] | None = None) -> int:
     finally:
         communication.close()
     return 0
+
+
+def pocket_sources(config: RunConfig) -> dict[str, Any]:
+    """The pocket editor as the base, and the pictures that ship, unless the run names pairs of its own.
+
+    Raises:
+        ConfigError: if those pictures are not here: the published pack leaves them out.
+    """
+    from hywu_core.bases import pocket
+    from hywu_core.host.training.in_script import Base
+    from hywu_core.host.training.pairs_of_folder import Encoders
+
+    def base(_config: RunConfig) -> Base:
+        model, clip, vae = pocket.load_pocket_editor()
+        return Base(model, lambda: Encoders(clip, vae), list(pocket.pocket_files()), "pocket editor")
+
+    if config.pairs:
+        return {"base_of": base}
+    if importlib.util.find_spec("study") is None:
+        raise ConfigError("The shipped pictures are part of the repository only. Give a folder of pairs (--pairs).")
+    from study.shipped import ShippedPictures
+
+    return {"base_of": base, "pairs_of": ShippedPictures}
 
 
 def main() -> None:

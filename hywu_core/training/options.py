@@ -15,7 +15,11 @@ import torch
 
 from ..errors import ConfigError
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # what a generator is computed in while it is trained
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}  # what a generator is computed in while it is trained
+ALL_STACKS = "all"
 RESUME, RESTART, REFUSE = "resume", "restart", "refuse"  # what to do where a run of that name exists
 
 # what a run that goes on may change: its length, and how it is cut up
@@ -83,6 +87,8 @@ class SessionOptions:
     keep_every: int = 0  # steps after which the generator is kept as it is then; 0: never
     if_exists: str = RESUME
     held_out_limit: int = 64  # pairs that one validation looks at
+    checkpoint_stack: str = ALL_STACKS  # of the base, to compute again in the backward pass; "": none
+    checkpoint_generator: bool = True
 
     def __post_init__(self):
         for name in ("save_every", "validate_every", "keep_every"):
@@ -95,7 +101,6 @@ class SessionOptions:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, found {getattr(self, name)!r}.")
 
 
-ALL_STACKS = "all"
 POCKET_SIDE = 32  # pixels that the pocket editor's pictures have, unless the run says otherwise
 # how pictures and words are read, and which of them are trained on; what they are is told by digests
 OF_A_NEW_GENERATOR = ("generator_size", "stack", "targets", "rank", "alpha", "source", "encoder_layers")
@@ -142,9 +147,12 @@ class RunConfig:
     variants: int = _option(4, "compositions of each picture that ships, for the pocket editor")
     dtype: str = _option("float32", "type to compute the generator in", ("float32", "bfloat16"))
     checkpoint_stack: str = _option(
-        ALL_STACKS, 'stacks of the base ("double_blocks") to compute again in the backward pass; "": none'
+        SessionOptions.checkpoint_stack,
+        'stacks of the base ("double_blocks") to compute again in the backward pass; "all": every one, "": none',
     )
-    checkpoint_generator: bool = _option(True, "compute the generator's blocks again in the backward pass")
+    checkpoint_generator: bool = _option(
+        SessionOptions.checkpoint_generator, "compute the generator's blocks again in the backward pass"
+    )
     save_every: int = _option(SessionOptions.save_every, "steps between saved states; 0: at the end only")
     validate_every: int = _option(SessionOptions.validate_every, "steps between validations; 0: none")
     keep_every: int = _option(SessionOptions.keep_every, "steps after which the generator is kept as it is; 0: never")

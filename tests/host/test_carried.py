@@ -139,7 +139,9 @@ def test_wrappers_and_patches_of_others_act_one_sample_at_a_time():
     torch.testing.assert_close(measured(replaced, family)[0], before, rtol=1e-5, atol=1e-5)
     assert len(noticed) == 2
     called = family.model.clone()
-    called.set_model_unet_function_wrapper(lambda apply, given: 2 * apply(given["input"], given["timestep"], **given["c"]))
+    called.set_model_unet_function_wrapper(
+        lambda apply, given: 2 * apply(given["input"], given["timestep"], **given["c"])
+    )
     assert not torch.allclose(measured(called, family)[0], before, rtol=1e-2)
 
 

@@ -1,12 +1,12 @@
 """What else a MODEL carries, and how that acts while a generator is trained or measured on it.
 
-    weight patches (merged LoRAs)      in the weights, as in sampling
-    LoRAs in bypass mode, ours         beside the layers, for as long as the backward pass needs them
-    LoRAs in bypass mode, the host's   as in sampling; bound anew where the base is a copy
-    patches and wrappers of the model call   as in sampling, one sample a pass: they may look at the noise level
-    torch.compile                      left out: it changes no number
-    functions of the guidance          not: there is no guidance in training. A message says so
-    anything around the whole sampling refused by name
+weight patches (merged LoRAs)      in the weights, as in sampling
+LoRAs in bypass mode, ours         beside the layers, for as long as the backward pass needs them
+LoRAs in bypass mode, the host's   as in sampling; bound anew where the base is a copy
+patches and wrappers of the model call   as in sampling, one sample a pass: they may look at the noise level
+torch.compile                      left out: it changes no number
+functions of the guidance          not: there is no guidance in training. A message says so
+anything around the whole sampling refused by name
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from ...training.log import LOG, STATE, VALIDATION
 from ...training.options import REFUSE, RESTART
 from ..lora.apply import applied_loras
 
+ENDS = 2**16  # bytes
 FILE = "run.json"  # in a run's folder, beside its state and logs
 SAMPLED = 64  # numbers of every weight that count: each may be a page of a file that is read for it
 
@@ -66,6 +67,22 @@ def digest_of_files(paths: Iterable[Path]) -> str:
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
     return found.hexdigest()[:16]
+
+
+def digest_of_large_files(paths: Iterable[Path]) -> str:
+    """Of the files' sizes, beginnings and ends: files of models are too large to be read for this."""
+    values = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                values.append([size, file.read(ENDS)])
+                file.seek(max(0, size - ENDS))
+                values.append(file.read(ENDS))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
+    return digest(values)
 
 
 def digest_of_base(model: comfy.model_patcher.ModelPatcher) -> str:
@@ -137,5 +154,5 @@ def _add(found: Any, value: Any) -> None:
         for part in value:
             _add(found, part)
     else:
-        text = value if isinstance(value, (str, bytes, bool, int, float, type(None))) else type(value).__name__
-        found.update(f"{type(value).__name__} {text!r};".encode())
+        plain = isinstance(value, (str, bytes, bool, int, float, type(None)))
+        found.update(f"{type(value).__name__} {value if plain else ''!r};".encode())

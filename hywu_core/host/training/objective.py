@@ -96,8 +96,8 @@ class DiffusionObjective:
 
     def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
         """See `hywu_core.training.trainer.Objective`."""
-        losses = torch.empty(len(draws))
         with torch.inference_mode(False), torch.enable_grad(), self._naming_what_is_in_the_way():
+            losses = torch.empty(len(draws))
             for group in self._groups(draws):
                 noised = self._noised([draws[index] for index in group], None)
                 with self.in_training(chosen(lora, group, len(draws)), noised.sigma):
@@ -110,8 +110,8 @@ class DiffusionObjective:
         """The loss of every sample (B,), without a graph; at one noise level for all, if `percent` of the sampling schedule
         says which.
         """
-        losses = torch.empty(len(draws))
         with torch.inference_mode(False), torch.no_grad():
+            losses = torch.empty(len(draws))
             for group in self._groups(draws):
                 noised = self._noised([draws[index] for index in group], percent)
                 with self.in_training(chosen(lora, group, len(draws)), noised.sigma):

@@ -17,6 +17,12 @@ from ...errors import HywuError
 from ...training.data import Sample
 from ..conditions import from_host
 from ..model import patch_size
+from .identity import digest
+
+REFERENCES = "reference_latents"
+# what training cannot honour, with the values that ask for nothing
+IGNORED = {name: None for name in ("control", "mask", "area", "hooks", "gligen")}
+IGNORED |= {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
 
 
 class DataError(HywuError):
@@ -57,10 +63,15 @@ class HostPairs:
         apart = {int((place + 0.5) * count / held_out) for place in range(held_out)}
         return self.chosen([i for i in range(count) if i not in apart]), self.chosen(sorted(apart))
 
-    def shapes(self) -> str:
-        """A digest of how many pairs of which sizes there are, by which a run knows its data again."""
-        sizes = [(tuple(s.latent.shape), tuple(s.condition.shape)) for s in self.samples]
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, str]:
+        """Digests by which a run knows its data again."""
+        entries = [sample.conditioning for sample in self.samples]
+        words = [[tokens, {n: v for n, v in options.items() if n != REFERENCES}] for tokens, options, *_ in entries]
+        return {
+            "pictures": digest([[s.latent, s.conditioning[1].get(REFERENCES, ())] for s in self.samples]),
+            "instructions": digest([words, self.instructions]),
+            "conditions": digest([sample.condition for sample in self.samples]),
+        }
 
 
 class _Pair(NamedTuple):
@@ -101,6 +112,10 @@ def host_pairs(
             key = f"pair {index + 1}"
             _check(model, key, pair)
             condition = _condition(model, config, pair.reads)
+            if condition.batch > 1:
+                raise DataError(
+                    f"What the generator reads of {key} is a batch of {condition.batch}; give one for each pair."
+                )
             tokens = _own(assemble(condition, config)[0].cpu())
             latent = _own(_as_the_base_has_it(model, pair.latent))
             samples.append(Sample(latent, _own(pair.entry), tokens, key))
@@ -155,6 +170,12 @@ def _check(model: comfy.model_patcher.ModelPatcher, key: str, pair: _Pair) -> No
     tokens, options = pair.entry[0], pair.entry[1]
     if tokens.shape[0] != 1:
         raise DataError(f"The CONDITIONING of {key} is a batch of {tokens.shape[0]}; give lists, one for each picture.")
+    ignored = [name for name, nothing in IGNORED.items() if _asks_for_something(options.get(name), nothing)]
+    if ignored:
+        raise DataError(
+            f"The CONDITIONING of {key} carries {', '.join(ignored)}, which cannot act in training. Wire it from before the "
+            "node that added that."
+        )
     channels = model.get_model_object("latent_format").latent_channels
     if pair.latent.ndim not in (3, 4) or pair.latent.shape[0] != channels:
         raise DataError(
@@ -169,13 +190,17 @@ def _check(model: comfy.model_patcher.ModelPatcher, key: str, pair: _Pair) -> No
             f"The latent of {key} has {size[0]} x {size[1]} rows and columns, which are no multiples of the model's "
             f"patches of {side}. Crop or scale the picture."
         )
-    for reference in options.get("reference_latents", ())[:1]:
+    for reference in options.get(REFERENCES, ())[:1]:
         if reference.shape[0] != 1 or tuple(reference.shape[-2:]) != size:
             raise DataError(
                 f"The edited picture of {key} has a latent of {size[0]} x {size[1]}, but its source picture (reference "
                 f"latent) is {reference.shape[0]} of {reference.shape[-2]} x {reference.shape[-1]}. Scale both pictures "
                 "of a pair to the same size."
             )
+
+
+def _asks_for_something(value: Any, nothing: float | None) -> bool:
+    return value is not None and not (isinstance(value, (int, float)) and value == nothing)
 
 
 def _condition(model: comfy.model_patcher.ModelPatcher, config: GeneratorConfig, reads: Any) -> Condition:
