@@ -98,7 +98,7 @@ class ScriptFront(Front):
 
     def __init__(self, folder: Path, stop: Callable[[], bool], say: Callable[[str], None]):
         self.folder, self.stop, self.say_line = folder, stop, say
-        self._next = 0.0
+        self._next, self._first = 0.0, True
 
     def generator_file(self, step: int | None) -> Path:
         return self.folder / (GENERATOR if step is None else f"{GENERATOR}-{step:06}")
@@ -108,8 +108,8 @@ class ScriptFront(Front):
 
     def show(self, progress: Progress) -> None:
         last = progress.done == progress.steps
-        if last or progress.done % RECENT == 0 or time.monotonic() >= self._next:
-            self._next = time.monotonic() + SHOW_AGAIN
+        if self._first or last or progress.done % RECENT == 0 or time.monotonic() >= self._next:
+            self._next, self._first = time.monotonic() + SHOW_AGAIN, False
             self.say_line(str(progress))
 
     def asked_to_stop(self) -> bool:
