@@ -26,11 +26,14 @@ class RunConfig:
     """One run. Its hyper-parameters (`TrainConfig`) stand beside it, as flags and as keys of the file."""
 
     output: str = _option("out/train", "folder of the run: state, logs, generator")
-    pairs: str = _option("", "folder with pairs.jsonl or pairs.csv (source, target, instruction) and the pictures")
+    pairs: str = _option(
+        "", "folder with pictures and a pairs.jsonl or pairs.csv (source, target, instruction), or another layout"
+    )
     held_out: str = _option("", "folder of pairs for validation; by default some pictures of --pairs are held out")
     held_out_share: float = _option(0.1, "share of the pictures of --pairs that is held out; 0: no validation")
     held_out_limit: int = _option(64, "pairs that one validation looks at")
     size: int = _option(0, "side to which pictures are cut and resized; 0: as they are (pocket editor: 32)")
+    background: str = _option("white", "colour under transparent pixels: a name or #rrggbb")
     model: str = _option("", "file of the base's diffusion model")
     checkpoint: str = _option("", "one file with diffusion model, text encoder and VAE, instead of three")
     text_encoders: tuple[str, ...] = _option((), "file or files of the text encoder")

@@ -130,16 +130,16 @@ def _read(run: RunConfig) -> tuple[Any, list[EncodedPairs], str]:
     """The base, the pairs to train on and those that are held out, and what tells them from others."""
     if not run.pairs:
         raise ConfigError("There is nothing to train on. Give a folder of pairs (--pairs), or --pocket.")
-    pairs = read_pairs(Path(run.pairs), run.size)
+    pairs = read_pairs(Path(run.pairs), run.size, run.background)
     train_pairs, held_out = hold_out(pairs, 0 if run.held_out else run.held_out_share)
     if run.held_out:
-        held_out = read_pairs(Path(run.held_out), run.size)
+        held_out = read_pairs(Path(run.held_out), run.size, run.background)
     if not run.pocket:
         base_files.check_files(run)
     model = pocket.load_pocket_editor()[0] if run.pocket else base_files.load_model(run)
     refuse_quantised(model.model)  # before hours of encoding
     base = base_files.fingerprint(list(pocket.pocket_files()) if run.pocket else base_files.base_files(run))
-    reading = Reading(run.size, run.regime, run.text_sees_source, run.guidance)
+    reading = Reading(run.size, run.regime, run.text_sees_source, run.guidance, run.background)
     kept = Path(run.output) / KEPT
     sources = [EncodedPairs(some, kept, base, reading) for some in (train_pairs, held_out)]
     return model, sources, f"{len(pairs)} pairs {fingerprint(pairs)}"
