@@ -1,5 +1,6 @@
 """The library as `pip install .` gives it: built into a wheel, unpacked elsewhere, and used from there."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,19 @@ def test_node_managers_install_nothing():
     assert all(line.startswith("#") for line in lines if line.strip())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "dependencies" not in project.get("dynamic", [])
+
+
+def test_published_scripts_need_nothing_that_is_not_published():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--ignored", "--exclude-from=.comfyignore", "--", "scripts/*.py"]
+    kept_out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    published = [path for path in (ROOT / "scripts").glob("*.py") if f"scripts/{path.name}" not in kept_out]
+    assert ROOT / "scripts" / "train.py" in published
+    private = {Path(name).stem for name in kept_out if name} | {"study", "tests"}
+    for path in published:
+        needs = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not private & set(needs), path.name
 
 
 def test_the_core_works_without_the_host(unpacked):

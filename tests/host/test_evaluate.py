@@ -67,3 +67,10 @@ def test_the_largest_seed_that_the_node_takes(held_out):
     model, handle, pairs = held_out
     found = evaluate.evaluate(evaluate.DiffusionObjective(model), handle, pairs.chosen([0, 1]), seed=0x7FFFFFFFFFFFFFFF)
     assert all(torch.isfinite(losses).all() for losses in found.losses.values())
+
+
+def test_an_empty_latent_is_named(held_out):
+    model, handle, _ = held_out
+    empty = [{"samples": torch.zeros(1, 16, 0, 0)}] * 2
+    with pytest.raises(pairs_of_lists.DataError, match="latent of pair 1 is empty: its picture is too small"):
+        pairs_of_lists.host_pairs(model, handle.config, empty, [families.conditioning(12, 8)] * 2)
