@@ -105,7 +105,7 @@ POCKET_SIDE = 32  # pixels that the pocket editor's pictures have, unless the ru
 # how pictures and words are read, and which of them are trained on; what they are is told by digests
 OF_A_NEW_GENERATOR = ("generator_size", "stack", "targets", "rank", "alpha", "source", "encoder_layers")
 ENCODER_FILES = ("text_encoders", "clip_type", "vae", "clip_vision", "weight_dtype")
-IDENTIFYING = ("held_out_share", "regime", "text_sees_source", "guidance", "suite", "variants", "pocket")
+IDENTIFYING = ("held_out_share", "regime", "text_sees_source", "guidance", "suite", "variants", "pocket", "background")
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -117,11 +117,14 @@ class RunConfig:
     """One run. Its hyper-parameters (`TrainConfig`) stand beside it, as flags and as keys of the file."""
 
     output: str = _option("out/train", "folder of the run: state, logs, generator")
-    pairs: str = _option("", "folder with pairs.jsonl or pairs.csv (source, target, instruction) and the pictures")
+    pairs: str = _option(
+        "", "folder with pictures and a pairs.jsonl or pairs.csv (source, target, instruction), or another layout"
+    )
     held_out: str = _option("", "folder of pairs for validation; by default some pictures of --pairs are held out")
     held_out_share: float = _option(0.1, "share of the pictures of --pairs that is held out; 0: no validation")
     held_out_limit: int = _option(SessionOptions.held_out_limit, "pairs that one validation looks at")
     size: int = _option(0, "side to which pictures are cut and resized; 0: as they are (with --pocket: 32)")
+    background: str = _option("white", "colour under transparent pixels: a name or #rrggbb")
     model: str = _option("", "file of the base's diffusion model")
     checkpoint: str = _option("", "one file with diffusion model, text encoder and VAE, instead of three")
     text_encoders: tuple[str, ...] = _option((), "file or files of the text encoder")
@@ -190,7 +193,12 @@ class RunConfig:
         if self.pairs or not self.pocket:
             found["without the pictures that ship (pocket, and no pairs)"] = ("suite", "variants")
         else:
-            found["with the pictures that ship: give pairs"] = ("held_out", "text_sees_source", "guidance")
+            found["with the pictures that ship: give pairs"] = (
+                "held_out",
+                "text_sees_source",
+                "guidance",
+                "background",
+            )
         return found
 
     @property

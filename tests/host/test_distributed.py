@@ -225,7 +225,8 @@ def flux_files(tmp_path, monkeypatch):
     clip = pocket.load_pocket_editor()[1]
     monkeypatch.setattr(base_files.comfy.sd, "load_clip", lambda files, clip_type: clip)
     encode = staticmethod(lambda pixels: torch.nn.functional.pixel_unshuffle(pixels.movedim(-1, 1), 4)[:, :16])
-    monkeypatch.setattr(base_files, "_vae", lambda name: type("Vae", (), {"encode": encode}))
+    vae = {"encode": encode, "vae_encode_crop_pixels": staticmethod(lambda pixels: pixels)}
+    monkeypatch.setattr(base_files, "_vae", lambda name: type("Vae", (), vae))
     for name in ("clip.safetensors", "vae.safetensors"):
         (tmp_path / name).touch()
     return {

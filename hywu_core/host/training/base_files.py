@@ -17,6 +17,7 @@ from ...training.options import RunConfig
 from .pairs_of_folder import Encoders
 
 PIXEL_SPACE = "pixel_space"
+SAMPLED, SAMPLES, SAMPLE = 1 << 20, 2048, 4096  # bytes at a file's beginning; samples of so many bytes beyond
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,9 +46,17 @@ def base_files(run: RunConfig) -> list[Path]:
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """Of files' names, sizes and times, to tell apart what different encoders made."""
-    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    """Of files' sizes and a sample of their bytes, to tell apart what different encoders made."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as handle:
+            digest.update(handle.read(SAMPLED))  # names and shapes, in a safetensors file
+            for place in range(SAMPLES):  # so many that every large matrix is met
+                handle.seek(max(0, size - SAMPLE) * place // (SAMPLES - 1))
+                digest.update(handle.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def load_model(run: RunConfig) -> Any:

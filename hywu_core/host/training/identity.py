@@ -13,14 +13,12 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...files.safetensors import atomic_write
 from ...training import SessionOptions, TrainingError
 from ...training.log import LOG, STATE, VALIDATION
 from ...training.options import REFUSE, RESTART
 from ..lora.apply import applied_loras
 
-ENDS = 2**16  # bytes
 FILE = "run.json"  # in a run's folder, beside its state and logs
 SAMPLED = 64  # numbers of every weight that count: each may be a page of a file that is read for it
 
@@ -55,34 +53,6 @@ def digest(values: Iterable[Any]) -> str:
     for value in values:
         _add(found, value)
     return found.hexdigest()[:16]
-
-
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """Of the files' contents, in their order. Names and times do not count."""
-    found = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
-    return found.hexdigest()[:16]
-
-
-def digest_of_large_files(paths: Iterable[Path]) -> str:
-    """Of the files' sizes, beginnings and ends: files of models are too large to be read for this."""
-    values = []
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                values.append([size, file.read(ENDS)])
-                file.seek(max(0, size - ENDS))
-                values.append(file.read(ENDS))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
-    return digest(values)
 
 
 def digest_of_base(model: comfy.model_patcher.ModelPatcher) -> str:

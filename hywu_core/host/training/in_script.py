@@ -18,7 +18,7 @@ from .. import memory
 from ..memory import GeneratorHandle
 from ..new_generator import generator_config
 from . import base_files
-from .identity import digest, digest_of_files, digest_of_large_files
+from .identity import digest
 from .objective import refuse_quantised
 from .pairs_of_folder import EncodedPairs, Encoders, Pair, Reading, hold_out, read_pairs
 from .session import RECENT, Front, Progress, Session, StoppedError, Task
@@ -134,8 +134,8 @@ class PairsOfFolder:
     def __init__(self, run: RunConfig, base: Base):
         refuse_quantised(base.model.model)  # before hours of encoding
         pairs, held_out = _read(run)
-        reading = Reading(run.side, run.regime, run.text_sees_source, run.guidance)
-        encoders = digest_of_large_files(base.files)
+        reading = Reading(run.side, run.regime, run.text_sees_source, run.guidance, run.background)
+        encoders = base_files.fingerprint(base.files)
         self.base = base
         self.sets = [EncodedPairs(some, Path(run.output) / KEPT, encoders, reading) for some in (pairs, held_out)]
         self.identity = {"encoders": encoders, **_identity(pairs), "held_out": digest(_identity(held_out).items())}
@@ -193,18 +193,15 @@ def _prepare(
 
 
 def _read(run: RunConfig) -> tuple[list[Pair], list[Pair]]:
-    pairs = read_pairs(Path(run.pairs), run.side)
+    pairs = read_pairs(Path(run.pairs), run.side, run.background)
     if run.held_out:
-        return pairs, read_pairs(Path(run.held_out), run.side)
+        return pairs, read_pairs(Path(run.held_out), run.side, run.background)
     return hold_out(pairs, run.held_out_share)
 
 
 def _identity(pairs: Sequence[Pair]) -> dict[str, str]:
-    files = list(dict.fromkeys(path for pair in pairs for path in (pair.source, pair.target)))
-    order = {path: place for place, path in enumerate(files)}
-    places = [[order[pair.source], order[pair.target]] for pair in pairs]
     return {
-        "pictures": digest([digest_of_files(files), places]),
+        "pictures": digest([[pair.source_digest, pair.target_digest] for pair in pairs]),
         "instructions": digest([pair.instruction for pair in pairs]),
     }
 

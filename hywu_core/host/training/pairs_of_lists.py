@@ -182,6 +182,8 @@ def _check(model: comfy.model_patcher.ModelPatcher, key: str, pair: _Pair) -> No
             f"The latent of {key} has the shape {tuple(pair.latent.shape)}, but this model works on {channels} channels. "
             "Encode the edited pictures with the VAE that belongs to the model."
         )
+    if not pair.latent.numel():
+        raise DataError(f"The latent of {key} is empty: its picture is too small for the VAE. Use a larger picture.")
     if not torch.isfinite(pair.latent).all():
         raise DataError(f"The latent of {key} holds NaN or infinity. Encode that picture again, in float32.")
     side, size = patch_size(model.model), tuple(pair.latent.shape[-2:])
