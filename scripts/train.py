@@ -10,17 +10,16 @@ host.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import signal
 import sys
-from typing import Any
 
 from in_host import enter_host
+from pocket_run import PocketRun, sources
 
-from hywu_core.errors import ConfigError, HywuError
+from hywu_core.errors import HywuError
 from hywu_core.training.distributed import Accelerated
-from hywu_core.training.options import RunConfig, read_arguments
+from hywu_core.training.options import read_arguments
 
 PATIENCE = 3  # signals after which a process ends at once; launchers repeat what a terminal sends
 STOPPED = 130  # the exit code of a run that was asked to stop
@@ -47,7 +46,7 @@ class Signals:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    config = read_arguments(arguments, __doc__.splitlines()[0])
+    config = read_arguments(arguments, __doc__.splitlines()[0], PocketRun)
     communication = Accelerated(config.cpu)  # chooses this process's device, so it comes before the host looks at them
     enter_host(cpu=config.cpu)
     logging.getLogger().setLevel(logging.WARNING)
@@ -56,7 +55,7 @@ def run(arguments: list[str] | None = None) -> int:
 
     signals = Signals()
     try:
-        train_on_folder(config, communication, signals.asked, **(pocket_sources(config) if config.pocket else {}))
+        train_on_folder(config, communication, signals.asked, **sources(config))
     except StoppedError as stopped:
         if communication.main:
             print(stopped)
@@ -64,29 +63,6 @@ def run(arguments: list[str] | None = None) -> int:
     finally:
         communication.close()
     return 0
-
-
-def pocket_sources(config: RunConfig) -> dict[str, Any]:
-    """The pocket editor as the base, and the pictures that ship, unless the run names pairs of its own.
-
-    Raises:
-        ConfigError: if those pictures are not here: the published pack leaves them out.
-    """
-    from hywu_core.bases import pocket
-    from hywu_core.host.training.in_script import Base
-    from hywu_core.host.training.pairs_of_folder import Encoders
-
-    def base(_config: RunConfig) -> Base:
-        model, clip, vae = pocket.load_pocket_editor()
-        return Base(model, lambda: Encoders(clip, vae), list(pocket.pocket_files()), "pocket editor")
-
-    if config.pairs:
-        return {"base_of": base}
-    if importlib.util.find_spec("study") is None:
-        raise ConfigError("The shipped pictures are part of the repository only. Give a folder of pairs (--pairs).")
-    from study.shipped import ShippedPictures
-
-    return {"base_of": base, "pairs_of": ShippedPictures}
 
 
 def main() -> None:

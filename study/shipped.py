@@ -9,7 +9,6 @@ from hywu_core.bases import pocket
 from hywu_core.condition import CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart
 from hywu_core.config import GeneratorConfig
 from hywu_core.host.training.identity import digest
-from hywu_core.training.options import RunConfig
 
 from . import pictures
 from .edits import SUITES
@@ -17,9 +16,9 @@ from .task import Case, EditingTask
 
 
 class ShippedPictures:
-    """See `hywu_core.host.training.in_script.Pairs`."""
+    """See `hywu_core.host.training.in_script.Pairs`. The run is a `PocketRun` of scripts/."""
 
-    def __init__(self, run: RunConfig, base: Any):
+    def __init__(self, run: Any, base: Any):
         self.run, self.clip = run, pocket.load_text_encoder(pocket.pocket_files().text)
         self.composed = {
             split: pictures.compose(split, run.side, variants)

@@ -101,14 +101,13 @@ class SessionOptions:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, found {getattr(self, name)!r}.")
 
 
-POCKET_SIDE = 32  # pixels that the pocket editor's pictures have, unless the run says otherwise
 # how pictures and words are read, and which of them are trained on; what they are is told by digests
 OF_A_NEW_GENERATOR = ("generator_size", "stack", "targets", "rank", "alpha", "source", "encoder_layers")
-ENCODER_FILES = ("text_encoders", "clip_type", "vae", "clip_vision", "weight_dtype")
-IDENTIFYING = ("held_out_share", "regime", "text_sees_source", "guidance", "suite", "variants", "pocket", "background")
+FILES_OF_A_BASE = ("model", "checkpoint", "text_encoders", "clip_type", "vae", "clip_vision", "weight_dtype")
+IDENTIFYING = ("held_out_share", "regime", "text_sees_source", "guidance", "background")
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -116,55 +115,52 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
 class RunConfig:
     """One run. Its hyper-parameters (`TrainConfig`) stand beside it, as flags and as keys of the file."""
 
-    output: str = _option("out/train", "folder of the run: state, logs, generator")
-    pairs: str = _option(
+    output: str = option("out/train", "folder of the run: state, logs, generator")
+    pairs: str = option(
         "", "folder with pictures and a pairs.jsonl or pairs.csv (source, target, instruction), or another layout"
     )
-    held_out: str = _option("", "folder of pairs for validation; by default some pictures of --pairs are held out")
-    held_out_share: float = _option(0.1, "share of the pictures of --pairs that is held out; 0: no validation")
-    held_out_limit: int = _option(SessionOptions.held_out_limit, "pairs that one validation looks at")
-    size: int = _option(0, "side to which pictures are cut and resized; 0: as they are (with --pocket: 32)")
-    background: str = _option("white", "colour under transparent pixels: a name or #rrggbb")
-    model: str = _option("", "file of the base's diffusion model")
-    checkpoint: str = _option("", "one file with diffusion model, text encoder and VAE, instead of three")
-    text_encoders: tuple[str, ...] = _option((), "file or files of the text encoder")
-    clip_type: str = _option("flux", "kind of text encoder, as in the host's Load CLIP node")
-    vae: str = _option("", 'file of the VAE, or "pixel_space"')
-    clip_vision: str = _option("", "file of a CLIP vision model, for a generator that reads one")
-    weight_dtype: str = _option("default", "type to load the base in", ("default", "float32", "bfloat16", "float16"))
-    regime: str = _option("told", "told: the base reads the instruction; blind: only the generator", ("told", "blind"))
-    text_sees_source: bool = _option(False, "show the source picture to the text encoder, if it can see")
-    guidance: float = _option(0.0, "embedded guidance for bases that have it; 0: the base's default")
-    generator: str = _option(
+    held_out: str = option("", "folder of pairs for validation; by default some pictures of --pairs are held out")
+    held_out_share: float = option(0.1, "share of the pictures of --pairs that is held out; 0: no validation")
+    held_out_limit: int = option(SessionOptions.held_out_limit, "pairs that one validation looks at")
+    size: int = option(0, "side to which pictures are cut and resized; 0: as they are")
+    background: str = option("white", "colour under transparent pixels: a name or #rrggbb")
+    model: str = option("", "file of the base's diffusion model")
+    checkpoint: str = option("", "one file with diffusion model, text encoder and VAE, instead of three")
+    text_encoders: tuple[str, ...] = option((), "file or files of the text encoder")
+    clip_type: str = option("flux", "kind of text encoder, as in the host's Load CLIP node")
+    vae: str = option("", 'file of the VAE, or "pixel_space"')
+    clip_vision: str = option("", "file of a CLIP vision model, for a generator that reads one")
+    weight_dtype: str = option("default", "type to load the base in", ("default", "float32", "bfloat16", "float16"))
+    regime: str = option("told", "told: the base reads the instruction; blind: only the generator", ("told", "blind"))
+    text_sees_source: bool = option(False, "show the source picture to the text encoder, if it can see")
+    guidance: float = option(0.0, "embedded guidance for bases that have it; 0: the base's default")
+    generator: str = option(
         "", "generator to go on from, or a config.json for a new one; by default new, for this base"
     )
-    generator_size: str = _option("small", "of a new generator", ("small", "medium", "large"))
-    stack: str = _option("largest", "of a new generator: which stack of the base's blocks it writes for")
-    targets: str = _option("", 'of a new generator: its layers, as patterns ("img_attn.*, img_mlp.*")')
-    rank: int = _option(16, "of a new generator's LoRAs")
-    alpha: float = _option(32.0, "of a new generator's LoRAs; their scale is alpha / rank")
-    source: str = _option("instruction and source picture", "what a new generator reads, as in New HY-WU Generator")
-    encoder_layers: int = _option(1, "of a new generator, over the condition")
-    pocket: bool = _option(False, "train for the pocket editor, on the pictures that ship with it")
-    suite: str = _option("eight", "edits for the pocket editor", ("eight", "sixteen", "instance", "all"))
-    variants: int = _option(4, "compositions of each picture that ships, for the pocket editor")
-    dtype: str = _option("float32", "type to compute the generator in", ("float32", "bfloat16"))
-    checkpoint_stack: str = _option(
+    generator_size: str = option("small", "of a new generator", ("small", "medium", "large"))
+    stack: str = option("largest", "of a new generator: which stack of the base's blocks it writes for")
+    targets: str = option("", 'of a new generator: its layers, as patterns ("img_attn.*, img_mlp.*")')
+    rank: int = option(16, "of a new generator's LoRAs")
+    alpha: float = option(32.0, "of a new generator's LoRAs; their scale is alpha / rank")
+    source: str = option("instruction and source picture", "what a new generator reads, as in New HY-WU Generator")
+    encoder_layers: int = option(1, "of a new generator, over the condition")
+    dtype: str = option("float32", "type to compute the generator in", ("float32", "bfloat16"))
+    checkpoint_stack: str = option(
         SessionOptions.checkpoint_stack,
         'stacks of the base ("double_blocks") to compute again in the backward pass; "all": every one, "": none',
     )
-    checkpoint_generator: bool = _option(
+    checkpoint_generator: bool = option(
         SessionOptions.checkpoint_generator, "compute the generator's blocks again in the backward pass"
     )
-    save_every: int = _option(SessionOptions.save_every, "steps between saved states; 0: at the end only")
-    validate_every: int = _option(SessionOptions.validate_every, "steps between validations; 0: none")
-    keep_every: int = _option(SessionOptions.keep_every, "steps after which the generator is kept as it is; 0: never")
-    if_exists: str = _option(
+    save_every: int = option(SessionOptions.save_every, "steps between saved states; 0: at the end only")
+    validate_every: int = option(SessionOptions.validate_every, "steps between validations; 0: none")
+    keep_every: int = option(SessionOptions.keep_every, "steps after which the generator is kept as it is; 0: never")
+    if_exists: str = option(
         SessionOptions.if_exists,
         "where the folder holds a run: go on with it, begin it anew (its state is deleted), or end with an error",
         (RESUME, RESTART, REFUSE),
     )
-    cpu: bool = _option(False, "keep to the CPU")
+    cpu: bool = option(False, "keep to the CPU")
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
@@ -173,38 +169,24 @@ class RunConfig:
                 raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}.")
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share must be at least 0 and below 1, found {self.held_out_share}.")
-        for option in fields(self):
-            choices, value = option.metadata.get("choices"), getattr(self, option.name)
+        for known in fields(self):
+            choices, value = known.metadata.get("choices"), getattr(self, known.name)
             if choices and value not in choices:
-                raise ConfigError(f"{option.name} must be one of {', '.join(choices)}, found {value!r}.")
+                raise ConfigError(f"{known.name} must be one of {', '.join(choices)}, found {value!r}.")
         self.session()
         for reason, names in self._without_effect().items():
-            for option in fields(self):
-                if option.name in names and getattr(self, option.name) != option.default:
-                    raise ConfigError(f"{option.name} has no effect {reason}. Leave it out.")
+            for known in fields(self):
+                if known.name in names and getattr(self, known.name) != known.default:
+                    raise ConfigError(f"{known.name} has no effect {reason}. Leave it out.")
 
     def _without_effect(self) -> dict[str, tuple[str, ...]]:
         """{why: the options that would be dropped}."""
-        found = {}
-        if self.pocket:
-            found["with pocket, whose files ship with it"] = ("model", "checkpoint", *ENCODER_FILES)
-        if self.generator:
-            found["with generator, which says what it is"] = OF_A_NEW_GENERATOR
-        if self.pairs or not self.pocket:
-            found["without the pictures that ship (pocket, and no pairs)"] = ("suite", "variants")
-        else:
-            found["with the pictures that ship: give pairs"] = (
-                "held_out",
-                "text_sees_source",
-                "guidance",
-                "background",
-            )
-        return found
+        return {"with generator, which says what it is": OF_A_NEW_GENERATOR} if self.generator else {}
 
     @property
     def side(self) -> int:
         """Pixels to which pictures are cut and resized; 0: as they are."""
-        return self.size or (POCKET_SIDE if self.pocket else 0)
+        return self.size
 
     def session(self) -> SessionOptions:
         """What the session is told.
@@ -220,27 +202,29 @@ class RunConfig:
         return {name: getattr(self, name) for name in IDENTIFYING} | {"size": self.side, "precision": self.dtype}
 
 
-def read_arguments(arguments: Sequence[str] | None, description: str) -> RunConfig:
+def read_arguments(arguments: Sequence[str] | None, description: str, kind: type[RunConfig] = RunConfig) -> RunConfig:
     """The run that a command line asks for: what `--config` names, with flags on top.
 
+    Args:
+        kind: with options of its own, if the command has such.
     Raises:
         ConfigError: for a file that cannot be read, an unknown key, or a value that makes no sense.
     """
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help='JSON file with any of the options below, e.g. {"steps": 2000}')
-    for option in _options().values():
-        _add_flag(parser, option)
+    for known in _options(kind).values():
+        _add_flag(parser, known)
     given = vars(parser.parse_args(arguments))
-    return build_run(_read_file(Path(given.pop("config"))) | given if "config" in given else given)
+    return build_run(_read_file(Path(given.pop("config"))) | given if "config" in given else given, kind)
 
 
-def build_run(values: dict[str, Any]) -> RunConfig:
-    """A run from flat options: those of `RunConfig` and of `TrainConfig`.
+def build_run(values: dict[str, Any], kind: type[RunConfig] = RunConfig) -> RunConfig:
+    """A run from flat options: those of its kind and of `TrainConfig`.
 
     Raises:
         ConfigError: see `read_arguments`.
     """
-    known = _options()
+    known = _options(kind)
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -248,23 +232,23 @@ def build_run(values: dict[str, Any]) -> RunConfig:
         values = values | {name: _converted(name, value, known[name].default)}
     hyper = {f.name for f in fields(TrainConfig)}
     training = TrainConfig(**{name: value for name, value in values.items() if name in hyper})
-    return RunConfig(**{name: value for name, value in values.items() if name not in hyper}, training=training)
+    return kind(**{name: value for name, value in values.items() if name not in hyper}, training=training)
 
 
-def _options() -> dict[str, Any]:
-    own = {f.name: f for f in fields(RunConfig) if f.name != "training"}
+def _options(kind: type[RunConfig]) -> dict[str, Any]:
+    own = {f.name: f for f in fields(kind) if f.name != "training"}
     return own | {f.name: f for f in fields(TrainConfig)}
 
 
-def _add_flag(parser: argparse.ArgumentParser, option: Any) -> None:
-    flag, text = f"--{option.name.replace('_', '-')}", option.metadata.get("help", "hyper-parameter")
-    text = f"{text} (default: {option.default!r})".replace("%", "%%")
-    if isinstance(option.default, bool):
+def _add_flag(parser: argparse.ArgumentParser, known: Any) -> None:
+    flag, text = f"--{known.name.replace('_', '-')}", known.metadata.get("help", "hyper-parameter")
+    text = f"{text} (default: {known.default!r})".replace("%", "%%")
+    if isinstance(known.default, bool):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif isinstance(option.default, tuple):
-        parser.add_argument(flag, nargs="+", type=type(option.default[0]) if option.default else str, help=text)
+    elif isinstance(known.default, tuple):
+        parser.add_argument(flag, nargs="+", type=type(known.default[0]) if known.default else str, help=text)
     else:
-        parser.add_argument(flag, type=type(option.default), choices=option.metadata.get("choices"), help=text)
+        parser.add_argument(flag, type=type(known.default), choices=known.metadata.get("choices"), help=text)
 
 
 def _converted(name: str, value: Any, default: Any) -> Any:

@@ -21,17 +21,19 @@ from hywu_core.bases import pocket
 from hywu_core.errors import CheckpointError, ConfigError, HywuError, MatchError
 from hywu_core.host.model import StackError
 from hywu_core.host.training import base_files
-from hywu_core.host.training.in_script import GENERATOR, Base, base_from_files, train_on_folder
+from hywu_core.host.training.in_script import GENERATOR, train_on_folder
 from hywu_core.host.training.pairs_of_folder import Encoders, PairError, hold_out, read_pairs
 from hywu_core.host.training.session import FINISH, StoppedError
 from hywu_core.training import TrainingError
 from hywu_core.training.distributed import Accelerated
 from hywu_core.training.log import LOG, STATE, VALIDATION
 from hywu_core.training.options import build_run
-from study.shipped import ShippedPictures
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))
+from pocket_run import PocketRun, sources  # noqa: E402
+
 WORDS = ("brighten the picture", "darken the picture", "make it vivid", "make it gray")
 
 
@@ -106,15 +108,12 @@ def weights(folder):
 
 def run(tmp_path, stop=lambda: False, say=lambda text: None, encoders=None, **changes):
     """The same in this process."""
-
-    def pocket_base(config):
-        model, clip, vae = pocket.load_pocket_editor()
-        return Base(model, lambda: encoders or Encoders(clip, vae), list(pocket.pocket_files()), "pocket editor")
-
-    config = build_run(options(tmp_path, **changes))
-    pairs_of = None if config.pairs or not config.pocket else ShippedPictures
-    base_of = pocket_base if config.pocket else base_from_files
-    return train_on_folder(config, Accelerated(cpu=True), stop, say, base_of, pairs_of)
+    config = build_run(options(tmp_path, **changes), PocketRun)
+    given = sources(config)
+    if encoders:
+        base_of = given["base_of"]
+        given["base_of"] = lambda run: base_of(run)._replace(encoders=lambda: encoders)
+    return train_on_folder(config, Accelerated(cpu=True), stop, say, **given)
 
 
 def test_two_processes_equal_one_on_the_same_global_batch(tmp_path):

@@ -416,7 +416,7 @@ def test_wrong_pairs_are_one_clear_error_each():
     family = flux(channels=16)
     handle = new(family, pairs(family)[1])
     for what, (latents, positive, reads, words) in wrong_pairs(family).items():
-        with pytest.raises(pairs_of_lists.DataError, match=words):
+        with pytest.raises(pairs_of_lists.PairError, match=words):
             run(family, handle, latents, positive, reads)
             pytest.fail(what)
 
@@ -425,7 +425,7 @@ def test_other_bad_input_is_one_clear_error():
     family, other = flux(channels=16), qwen_image()
     latents, positive = pairs(family)
     handle = new(family, positive)
-    with pytest.raises(pairs_of_lists.DataError, match="5 cannot be held out: at least 2"):
+    with pytest.raises(pairs_of_lists.PairError, match="5 cannot be held out: at least 2"):
         run(family, handle, latents, positive, options={"held_out": 5})
     with pytest.raises(MatchError, match="None of the LoRA's"):
         run(other, handle, *pairs(other))

@@ -175,8 +175,6 @@ def _prepare(
     """Everything before the first step. Processes agree after each stage, so that none waits for one that failed."""
 
     def read() -> tuple[Base, Pairs]:
-        if not run.pairs and not run.pocket:
-            raise ConfigError("There is nothing to train on. Give a folder of pairs (--pairs), or --pocket.")
         base = base_of(run)
         return base, pairs_of(run, base)
 
@@ -193,6 +191,8 @@ def _prepare(
 
 
 def _read(run: RunConfig) -> tuple[list[Pair], list[Pair]]:
+    if not run.pairs:
+        raise ConfigError("There is nothing to train on. Give a folder of pairs (--pairs).")
     pairs = read_pairs(Path(run.pairs), run.side, run.background)
     if run.held_out:
         return pairs, read_pairs(Path(run.held_out), run.side, run.background)

@@ -64,7 +64,7 @@ def train_on_lists(
         held_out: pairs that are not trained on.
         vae: for pictures of validation pairs.
     Raises:
-        DataError, ConditionError: see `host_pairs`. MatchError: if generator and model do not fit, or the model cannot be
+        PairError, ConditionError: see `host_pairs`. MatchError: if generator and model do not fit, or the model cannot be
             trained on. TrainingError: for a loss that is not finite, or a name that belongs to another run.
     """
     folder = run_folder(name)
