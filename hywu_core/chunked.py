@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import GeneratorConfig
-from .plan import equal_part, plan, row_bytes
+from .plan import equal_part, row_bytes
 from .transformer import Block, Fused, Rotary, Rotation, Tables, TokenTransformer
 
 
@@ -31,13 +30,6 @@ class Engine(NamedTuple):
     hold: Callable[[Block], AbstractContextManager[Block]] = nullcontext
     rotation: Rotation | None = None  # None: torch's, with complex numbers where the device has them
     is_out_of_memory: Callable[[BaseException], bool] = is_out_of_memory
-
-
-def memory_required(
-    config: GeneratorConfig, batch: int, length: int, dtype: torch.dtype, chunk_bytes: int | None = None
-) -> int:
-    """Bytes that `generate` needs on its device beside the weights, for a condition (batch, length, input_dim)."""
-    return plan(config, batch, length, dtype, chunk_bytes=chunk_bytes).peak
 
 
 def generate_layers(

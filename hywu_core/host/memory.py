@@ -16,13 +16,13 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..chunked import memory_required
 from ..condition import OF_THE_BASE, Condition, assemble
 from ..config import GeneratorConfig
 from ..errors import ConditionError, SaveError
 from ..files.checkpoint import inspect_generator, save_generator
 from ..generator import Generator
 from ..lora import InstanceLora
+from . import engine
 from .conditions import from_host
 from .folders import FOLDER, SUFFIX
 from .new_generator import generator_config
@@ -154,20 +154,24 @@ def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
 def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int], None] | None = None) -> InstanceLora:
     """Write the LoRA of an assembled condition (B, L, input_dim); the host's cancel button works between chunks."""
     batch, length = tokens.shape[:2]
-    room = memory_required(handle.config, batch, length, handle.compute_dtype)
-    comfy.model_management.load_models_gpu([handle.patcher], memory_required=room)
+    asked = handle.config, batch, length, handle.compute_dtype
+    comfy.model_management.load_models_gpu([handle.patcher], memory_required=engine.room_for(*asked))
+    device = handle.patcher.load_device
 
     def interruptible(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if progress:
             progress(done, total)
 
-    lora = handle.generator.generate(
-        tokens.to(handle.patcher.load_device),
-        dtype=handle.compute_dtype,
-        result_device=comfy.model_management.intermediate_device(),
-        progress=interruptible,
-    )
+    with engine.engine(handle.patcher, handle.config, handle.compute_dtype) as run:
+        lora = handle.generator.generate(
+            tokens.to(device, handle.compute_dtype),
+            dtype=handle.compute_dtype,
+            result_device=comfy.model_management.intermediate_device(),
+            chunk_bytes=engine.chunk_bytes(device, *asked),
+            progress=interruptible,
+            engine=run,
+        )
     return lora.with_metadata(generator=handle.name, generator_hash=handle.fingerprint)
 
 

@@ -1,10 +1,12 @@
 """Generators under the host's memory management, conditions from the host's types, and the folder models/hywu."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import comfy_execution.caching
@@ -16,12 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hywu_core import CheckpointError, ConditionError, GenerationError, Generator, load_generator, save_generator
-from hywu_core.chunked import memory_required
+from hywu_core.chunked import Engine
 from hywu_core.condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
 from hywu_core.config import GeneratorConfig
 from hywu_core.files.lora_files import load_lora, to_state_dict
-from hywu_core.host import conditions, folders, memory
+from hywu_core.host import conditions, engine, folders, memory
 from hywu_core.host.lora import apply, store
+from hywu_core.plan import plan
+from hywu_core.transformer import REAL, Rotation
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +75,8 @@ def test_the_host_is_told_how_much_room_the_run_needs(gen_2, golden, monkeypatch
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_models_gpu)
     handle, tokens = memory.load(gen_2), golden["case1.condition"]
     memory.generate(handle, as_condition(tokens))
-    assert asked == [memory_required(handle.config, 1, tokens.shape[1], torch.float32)]
+    planned = plan(handle.config, 1, tokens.shape[1], torch.float32)
+    assert asked == [planned.peak + planned.block]
     grid = handle.config.num_base_model_layers * handle.generator.model.hw_pos.weight.numel() * 4
     assert grid < asked[0] < 2**25
 
@@ -83,6 +88,41 @@ def test_nothing_changes_when_every_layer_is_offloaded(gen_2, golden, monkeypatc
     handle = memory.load(gen_2)
     lora = memory.generate(handle, as_condition(golden["case1.condition"]))
     assert comfy.model_management.current_loaded_models[0].model_loaded_memory() == 0
+    for name, pair in lora.factors.items():
+        torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """How often each layer's weight was brought to the device."""
+    counted, cast = Counter(), comfy.ops.cast_bias_weight
+
+    def cast_bias_weight(layer, *args, **kwargs):
+        counted[layer] += 1
+        return cast(layer, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast_bias_weight)
+    return counted
+
+
+def test_each_weight_of_a_block_is_fetched_once(gen_2, golden, fetched, monkeypatch):
+    """The host as with --novram, and so little room that every block works in many chunks."""
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    monkeypatch.setattr(engine, "chunk_bytes", lambda *asked: 5000)
+    handle = memory.load(gen_2)
+    lora = memory.generate(handle, as_condition(golden["case1.condition"]))
+    layers = [m for m in handle.generator.model.blocks.modules() if hasattr(m, "comfy_cast_weights")]
+    assert len(layers) == 18 * len(handle.generator.model.blocks)
+    assert {fetched[layer] for layer in layers} == {1}
+    for name, pair in lora.factors.items():
+        torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
+
+
+def test_the_hosts_rotation_gives_the_references_numbers(gen_2, golden):
+    generator = load_generator(gen_2)
+    rotation = Rotation(REAL.table, engine._turn)
+    lora = generator.generate(golden["case1.condition"], engine=Engine(rotation=rotation))
     for name, pair in lora.factors.items():
         torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
 
