@@ -2,13 +2,19 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_prefetch
 import comfy.ops
+import comfy.pinned_memory
 import comfy.sd
 import comfy.utils
+import comfy_aimdo.model_vbar
+import comfy_aimdo.torch
 import comfy_execution.caching
 import families
 import folder_paths
@@ -18,14 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hywu_core import CheckpointError, ConditionError, GenerationError, Generator, load_generator, save_generator
-from hywu_core.chunked import Engine
+from hywu_core.chunked import Engine, generate_layers
 from hywu_core.condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
 from hywu_core.config import GeneratorConfig
 from hywu_core.files.lora_files import load_lora, to_state_dict
 from hywu_core.host import conditions, engine, folders, memory
 from hywu_core.host.lora import apply, store
 from hywu_core.plan import plan
-from hywu_core.transformer import REAL, Rotation
+from hywu_core.transformer import REAL, Rotation, Tables
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +123,67 @@ def test_each_weight_of_a_block_is_fetched_once(gen_2, golden, fetched, monkeypa
     assert {fetched[layer] for layer in layers} == {1}
     for name, pair in lora.factors.items():
         torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
+
+
+class Pages:
+    """Dynamic VRAM as the host asks for it, with no room to stay resident: what its native library answers, in Python."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.pinned, self.transfers = Counter(), Counter()
+        patch.setattr(comfy_aimdo.model_vbar, "vbar_fault", self.fault)
+        patch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda page: self.pinned.subtract([page]))
+        patch.setattr(comfy_aimdo.model_vbar, "vbar_signature_compare", lambda signature, other: False)
+        patch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda page, device: torch.empty(page[1], device=device))
+        patch.setattr(comfy.pinned_memory, "get_pin", lambda *args, **kwargs: None)
+        patch.setattr(comfy.pinned_memory, "pin_memory", lambda *args, **kwargs: None)
+        patch.setattr(comfy.model_management, "ensure_pin_registerable", lambda size: None)
+        patch.setattr(comfy.model_management, "get_offload_stream", lambda device: None)
+        patch.setattr(comfy.model_management, "cast_to_gathered", self.transfer)
+        patch.setattr(comfy.model_management, "NUM_STREAMS", 2)
+        patch.setattr(comfy.memory_management, "interpret_gathered_like", self.parts)
+
+    def fault(self, page):
+        self.pinned[page] += 1
+        return page
+
+    def transfer(self, tensors, destination, **kwargs):
+        self.transfers.update(tensor.data_ptr() for tensor in tensors if tensor is not None)
+
+    def parts(self, tensors, gathered):
+        return [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_dynamic_weights_are_prefetched_by_the_block_and_let_go(gen_2, monkeypatch, cancelled):
+    pages = Pages(monkeypatch)
+    generator = memory.load(gen_2).generator
+    layers = [m for m in generator.model.blocks.modules() if hasattr(m, "comfy_cast_weights") and m.weight.ndim == 2]
+    for number, layer in enumerate(layers):
+        size = comfy.memory_management.vram_aligned_size([layer.weight, layer.bias])
+        layer._v, layer._v_signature = (number, size), None
+        layer.weight_lowvram_function = layer.bias_lowvram_function = None
+    meta = torch.device("meta")
+    patcher = SimpleNamespace(model=generator, load_device=meta, is_dynamic=lambda: True)
+    generator_on_meta = Generator(generator.config, device=meta)
+    generator_on_meta.model.blocks = generator.model.blocks
+    tables = Tables(generator.config, meta, REAL)
+
+    def run():
+        with engine.engine(patcher, generator.config, torch.float32) as brought:
+            brought = brought._replace(rotation=REAL)
+            context = torch.empty(1, 5, generator.config.d_model, device=meta)
+            for number, _ in enumerate(generate_layers(generator_on_meta.model, context, tables, 5000, engine=brought)):
+                if cancelled:
+                    raise InterruptedError(number)
+
+    for _ in range(2):
+        with pytest.raises(InterruptedError) if cancelled else nullcontext():
+            run()
+        weights = {layer.weight.data_ptr() for layer in layers}
+        assert {pages.transfers[weight] for weight in weights} == {1}
+        assert set(pages.pinned.values()) == {0} and not any(hasattr(layer, "_prefetch") for layer in layers)
+        pages.transfers.clear()
+    assert not any(entry for queue in comfy.model_prefetch.PREFETCH_QUEUES for entry in queue)
 
 
 def test_the_hosts_rotation_gives_the_references_numbers(gen_2, golden):
