@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.quant_ops
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -28,6 +27,7 @@ from ..lora.bank import Adapter
 from ..lora.matching import match
 from ..model import find_stacks
 from .carried import Carried
+from .frozen import frozen, refuse_untrainable
 
 
 class GraphFactor:
@@ -63,7 +63,7 @@ class DiffusionObjective:
         train_base: train the base's own parameters (full fine-tuning); else gradients reach the LoRA only. The caller owns
             the base then, and nobody else may use it.
     Raises:
-        MatchError: if the base is quantised, so that no gradient can pass through it, or carries what cannot act.
+        MatchError: if no gradient can pass through a part of the base, or it carries what cannot act.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DiffusionObjective:
         self.given = patcher
         self.patcher = differentiable_base(patcher)
         self.train_base = train_base
-        refuse_quantised(self.base)
+        refuse_untrainable(self.base)
         self.carried = Carried(patcher, self.patcher)
         self.banks = self.carried.banks(self.patcher)
         self.checkpoint_stack = self._stacks_to_recompute(checkpoint_stack)
@@ -187,6 +187,8 @@ class DiffusionObjective:
         try:
             with ExitStack() as undo:
                 undo.enter_context(requiring_gradients(self.base.diffusion_model, self.train_base))
+                if not self.train_base:
+                    undo.enter_context(frozen(self.patcher))
                 undo.enter_context(wrapped_forwards(self.base.diffusion_model, adapters))
                 undo.enter_context(safe_in_place(self.base.diffusion_model))
                 for stack in self.checkpoint_stack:
@@ -308,16 +310,3 @@ def _shapes(sample: Sample) -> tuple:
     tokens, options = sample.conditioning[0], sample.conditioning[1]
     references = tuple(tuple(latent.shape) for latent in options.get("reference_latents", ()))
     return tuple(sample.latent.shape), tuple(tokens.shape), references
-
-
-def refuse_quantised(base: Any) -> None:
-    """Raises:
-    MatchError: if the base is quantised, so that no gradient can pass through it.
-    """
-    for name, parameter in base.diffusion_model.named_parameters():
-        narrow = not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2
-        if narrow or isinstance(parameter.data, comfy.quant_ops.QuantizedTensor):  # those claim the type they stand for
-            raise MatchError(
-                f"{name} is quantised ({parameter.dtype}), and no gradient passes through it. Train on a float32, "
-                "bfloat16 or float16 version of this base; the generator can then be used with the quantised one."
-            )
