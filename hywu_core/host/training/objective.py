@@ -29,6 +29,8 @@ from ..model import find_stacks
 from .carried import Carried
 from .frozen import frozen, refuse_untrainable
 
+WITH_BACKWARD = 3  # times what the host reckons with for a pass without one
+
 
 class GraphFactor:
     """A factor that carries a graph, where a bank for inference has weights."""
@@ -92,7 +94,11 @@ class DiffusionObjective:
 
     def prepare(self) -> None:
         """Have the host load the base. Call once before a run, and again after others used the memory."""
-        comfy.model_management.load_models_gpu(self.patchers, force_full_load=True)
+        comfy.model_management.load_models_gpu(self.patchers, force_full_load=self.train_base)
+
+    def room(self, sample: Sample, count: int) -> int:
+        """Bytes that a pass of `count` such samples is thought to need beside the weights, backward included."""
+        return WITH_BACKWARD * int(self.base.memory_required((count, *sample.latent.shape)))
 
     def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
         """See `hywu_core.training.trainer.Objective`."""
