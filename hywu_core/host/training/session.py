@@ -135,18 +135,26 @@ class Session:
         self.generator = memory.trainable_copy(task.handle)
         self.generator.checkpoint_blocks = options.checkpoint_generator
         self.patcher = memory.manage_training(self.generator)
-        goes_on = self.main and claim(folder, self._identity(config), options)
-        trainable = GeneratorTrainable(self.generator, PRECISIONS[options.precision])
-        self._room = self._needed(trainable, config, task.pairs.sample(0, torch.Generator()))
-        self.load()
-        self.trainer = Trainer(trainable, self.objective, task.pairs, config, communication, front.check)
+        self.trainer: Trainer | None = None
         self.log: RunLog | None = None
-        if goes_on:
-            self.trainer.resume(folder / STATE)
-            front.say(f"The run in {folder} goes on after step {self.trainer.done}.")
+        try:
+            self._begin(config, communication)
+        except Exception:
+            self.release()
+            raise
         self._at: tuple[float, float] | None = None
         self._held_out: tuple[float, float] | None = None
         self._began: tuple[float, int] | None = None
+
+    def _begin(self, config: TrainConfig, communication: Communication) -> None:
+        goes_on = self.main and claim(self.folder, self._identity(config), self.options)
+        trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
+        self._room = self._needed(trainable, config, self.task.pairs.sample(0, torch.Generator()))
+        self.load()
+        self.trainer = Trainer(trainable, self.objective, self.task.pairs, config, communication, self.front.check)
+        if goes_on:
+            self.trainer.resume(self.folder / STATE)
+            self.front.say(f"The run in {self.folder} goes on after step {self.trainer.done}.")
 
     def load(self) -> None:
         """Have the host load generator and base, with room for what training needs beside them. The base may be offloaded."""
@@ -212,7 +220,8 @@ class Session:
     def release(self) -> None:
         """Give back the memory that only this run needed."""
         own_base = self.objective.patcher.model is not self.task.model.model
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        if self.trainer:
+            self.trainer.optimizer.zero_grad(set_to_none=True)
         if self.log:
             self.log.close()
         for patcher in (self.patcher, *self.objective.banks, *([self.objective.patcher] if own_base else [])):
