@@ -72,9 +72,10 @@ def test_a_missing_shard_and_a_doubled_tensor_are_named(tmp_path, generator):
     with pytest.raises(CheckpointError, match="is in both model-00001"):
         load_generator(folder)
     second.write_bytes(kept)
+    said = r"index\.json(: not valid JSON|: expected a JSON object| is not a shard index)"
     for text in ("{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"hidden_in.bias": 3}}'):
         (folder / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(CheckpointError, match="is not a shard index"):
+        with pytest.raises(CheckpointError, match=said):
             load_generator(folder)
 
 
@@ -130,7 +131,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, generator, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hywu_core.files.safetensors.save_file", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(SaveError, match="No space left on device.*Nothing was changed"):
         save_generator(generator, path)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -152,7 +153,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, generator, monkeypatc
 
         return replace
 
-    monkeypatch.setattr("hywu_core.files.safetensors.os.replace", fails_at("model.safetensors"))
+    monkeypatch.setattr("os.replace", fails_at("model.safetensors"))
     with pytest.raises(SaveError):
         save_generator(generator, path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
@@ -190,12 +191,11 @@ def test_a_folder_that_cannot_be_made(tmp_path, generator):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(tensors, file, metadata):
-        with open(file, "wb") as handle:
-            handle.write(b"half")
+    def interrupted(file, tensor, dtype):
+        file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hywu_core.files.safetensors.save_file", interrupted)
+    monkeypatch.setattr("hywu_core.files.safetensors._write_tensor", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     assert not list(tmp_path.iterdir())

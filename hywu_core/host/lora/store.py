@@ -10,7 +10,9 @@ import folder_paths
 import torch
 
 from ...errors import LoraError, SaveError
+from ...files.atomic import no_empty_folders
 from ...files.lora_files import Dialect, from_state_dict, load_lora, save_lora
+from ...files.names import below
 from ...lora import InstanceLora, blend, truncate
 
 FOLDER = "loras"
@@ -58,10 +60,14 @@ def output_path(prefix: str) -> Path:
     """The next free file name below the host's output folder for a prefix such as "loras/hywu".
 
     Raises:
-        SaveError: if the folder cannot be made, or lies outside the output folder.
+        SaveError: if the folder cannot be made or lies outside the output folder, or a name in it cannot be one.
     """
+    root, relative = folder_paths.get_output_directory(), prefix.replace("\\", "/")
+    if not os.path.isabs(relative) and ".." not in relative.split("/"):
+        below(root, relative, "LoRA files")
     try:
-        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        with no_empty_folders(Path(root, relative).parent):  # what writes the file makes them, if it can
+            folder, name, counter, *_ = folder_paths.get_save_image_path(relative, root)
     except Exception as error:  # the host raises a bare Exception for a path outside its output folder
         raise SaveError(
             f"Cannot save to {prefix!r}: {error}. Choose a name below ComfyUI's output folder, in a folder that can be "

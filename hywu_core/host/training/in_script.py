@@ -19,8 +19,8 @@ from ...bases import pocket
 from ...condition import SOURCES, Condition
 from ...config import GeneratorConfig
 from ...errors import ConfigError, HywuError
+from ...files.atomic import atomic_write
 from ...files.checkpoint import load_generator, save_generator
-from ...files.safetensors import atomic_write
 from ...generator import Generator
 from ...training import GeneratorTrainable, RunLog, SampleSource, StepReport, Trainer, TrainingError
 from ...training.distributed import Accelerated, share_state

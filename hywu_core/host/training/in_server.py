@@ -20,8 +20,8 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...errors import SaveError
-from ...files.safetensors import atomic_write
+from ...files.atomic import atomic_write
+from ...files.names import below
 from ...training import GeneratorTrainable, RunLog, StepReport, TrainConfig, Trainer, TrainingError
 from ...training.log import STATE
 from ...training.validation import averaged_weights
@@ -96,15 +96,9 @@ def run_folder(name: str) -> Path:
     """The folder of a run.
 
     Raises:
-        SaveError: for a name that is empty or leads out of the output folder.
+        SaveError: for a name that cannot be one, see `below`.
     """
-    root = Path(os.path.normpath(os.path.join(folder_paths.get_output_directory(), FOLDER)))
-    folder = Path(os.path.normpath(root / name.strip()))
-    if not name.strip() or folder == root or not folder.is_relative_to(root):
-        raise SaveError(
-            f"{name!r} is no name for a run. Use a plain name such as my-edits; its folder is made in {root}."
-        )
-    return folder
+    return below(os.path.join(folder_paths.get_output_directory(), FOLDER), name, "a run")
 
 
 def identify(folder: Path, handle: GeneratorHandle, pairs: HostPairs, options: RunOptions) -> None:
