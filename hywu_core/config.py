@@ -14,7 +14,7 @@ GROUPED = "grouped"
 
 # Bounds far above any model that exists, so that a damaged number is an error and not an hour of work or all of the memory.
 MAX_WIDTH = 2**20  # features of any layer; the released generator writes for layers of 6,144
-MAX_BLOCKS = 512  # of the generator, and of its encoder; the released one has 24
+MAX_BLOCKS = 128  # of the generator, and of its encoder; the released one has 24
 MAX_TARGETS = 2**17  # over all layers of the base; the released one has 224
 MAX_EXPERTS = 2**12  # the released one has 64
 MAX_RANK = 2**12  # the released one has 16

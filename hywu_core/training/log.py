@@ -76,9 +76,10 @@ def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         lines = file.read().decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
     found = [dict(zip(columns, line.split(","), strict=False)) for line in lines]
     rows = [row for row in found if len(row) == len(columns) and all(map(_is_number, row.values()))]
+    rows = [row for row in rows if row["step"].isdecimal()]
     if len(rows) < len(lines) - 1 or (lines and lines[0] != ",".join(columns)):
         logging.warning("HY-WU: %s is damaged; %d of its rows are kept, the rest is left out.", path, len(rows))
-    return [row for row in rows if row["step"].isdecimal()]
+    return rows
 
 
 def _is_number(text: str) -> bool:

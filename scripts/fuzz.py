@@ -1,0 +1,488 @@
+"""Damage every kind of file that is read here, at random, and see that each reader answers with one typed error, soon.
+
+    python scripts/fuzz.py --executions 200000 --seed 1 --keep out/fuzz
+
+Whatever is raised beside HywuError, and whatever takes longer than --seconds, is an escape: it is counted by reader and
+place, and the smallest input that leads there is kept. The exit code is 1 if there was any. COMFYUI_DIR names the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from in_host import ROOT, enter_host
+
+enter_host()
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from hywu_core.bases.hunyuan_image3.config import BaseConfig  # noqa: E402
+from hywu_core.bases.hunyuan_image3.files import inspect_base, read_system_prompt  # noqa: E402
+from hywu_core.bases.hunyuan_image3.tokenizer import Tokenizer  # noqa: E402
+from hywu_core.config import GeneratorConfig  # noqa: E402
+from hywu_core.errors import HywuError  # noqa: E402
+from hywu_core.files.checkpoint import load_generator, save_generator  # noqa: E402
+from hywu_core.files.lora_files import from_state_dict, load_lora, save_lora, to_state_dict  # noqa: E402
+from hywu_core.files.text import parse_json  # noqa: E402
+from hywu_core.generator import Generator  # noqa: E402
+from hywu_core.host.training.pairs_of_folder import read_pairs  # noqa: E402
+from hywu_core.layout import target_names  # noqa: E402
+from hywu_core.lora import InstanceLora, LoraFactor, blend  # noqa: E402
+from hywu_core.training import GeneratorTrainable, RunLog, TrainConfig, Trainer  # noqa: E402
+
+MEMORY = 4 * 2**30  # bytes of address space that all inputs together may add
+BASE = ROOT / "tests" / "fixtures" / "base_tiny"
+CONFIG = {
+    "d_model": 16, "head_dim": 8, "num_pg_layers": 1, "input_dim": 8, "output_dim": 8, "token_dim": 8, "rank": 2,
+    "num_base_model_layers": 2, "alpha": 4.0, "dim_accumulation": 2, "prefix": "layers.",
+    "hywu": {"encoder_layers": 1, "base": "Flux", "condition": [{"kind": "conditioning", "width": 8}]},
+    "pg_mapping": {
+        "q": {"lora_A_dim": 6, "lora_B_dim": 10},
+        "qkv[0:4/8]": {"lora_A_dim": 6, "lora_B_dim": 4},
+        "mlp.experts": {"type": "grouped", "num_experts": 2, "sub_weights": {"w1": {"lora_A_dim": 4, "lora_B_dim": 6}}},
+    },
+}  # fmt: skip
+CSV = b'source,target,instruction\na.png,b.png,make it warm\na.png,b.png,"warm, and ""cold"""\n'
+JSONL = b'{"source": "a.png", "target": "b.png", "instruction": "make it warm"}\n' * 3
+LOG = b"step,loss,rate,gradient_norm\r\n" + b"".join(b"%d,0.5,0.001,1.5\r\n" % step for step in range(6))
+PROMPT = b'import os\n\nx = (1 + 2) * 3\nunified_system_prompt_en = """You edit images.\n"""\n'
+REPLACED = (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<!DOCTYPE html><html></html>",
+            b"\x00" * 64, b"\xff\xfe{\x00}\x00", b"null", b"PK\x03\x04", b"\x80\x02}")  # fmt: skip
+NASTY_BYTES = (b"\x00", b"\xff", b"\xed\xa0\x80", b"\n", b'"', b",", b"{", b"[" * 3000, b"(" * 300, b"1+" * 3000, b"-" * 3000,
+               b"9" * 5000, b"x" * 140000, "\u2028".encode(), b"\\ud800", b"NaN", b"-1", b"../" * 90, b"y" * 300)  # fmt: skip
+
+
+class TooLongError(BaseException):
+    """An input took more than its time."""
+
+
+class Reader(NamedTuple):
+    """Something that is read."""
+
+    name: str
+    inputs: tuple[Any, ...]  # that are right
+    damage: Callable[[random.Random, Any], Any]
+    read: Callable[[Any], None]
+    share: float = 1.0  # of the executions, relative to others'; slow ones get fewer
+
+
+class Escape(NamedTuple):
+    """What came out beside a typed error."""
+
+    reader: str
+    kind: str  # of what was raised
+    place: str  # the deepest line of ours
+
+
+def nasty(chance: random.Random) -> Any:
+    """A value that somebody, or a broken disk, could have put there."""
+    deep: Any = []
+    for _ in range(chance.choice((3, 70, 300))):
+        deep = chance.choice(([deep], {"a": deep}))
+    return chance.choice(
+        (None, True, False, 0, 1, 2, 3, -1, 4.0, -0.0, 0.5, 255, 1e6, 10**6, 2**31, 2**40, 2**53, 2**63, 2**64, 10**400,
+         1e308, math.nan, math.inf, "", "x", "x" * 300, "a/../../b", "\ud800", "a\0b", "null", "0", [], {}, [[]], [1, 2],
+         [0] * 2000, {"a": 1}, {"": {}}, deep, "silu", "gelu", "grouped")
+    )  # fmt: skip
+
+
+def damage_json(chance: random.Random, value: Any) -> Any:
+    """One to three places of a JSON value changed."""
+    value = json.loads(json.dumps(value))
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        places = list(_places(value))
+        if not places:
+            return nasty(chance)
+        holder, key = chance.choice(places)
+        action = chance.randrange(6)
+        if action == 0:
+            del holder[key]
+        elif action == 1 and isinstance(holder, dict):
+            holder[chance.choice((str(nasty(chance)), "alpha", key + "_"))[:400]] = holder.pop(key)
+        elif action == 2 and isinstance(holder[key], int | float):
+            holder[key] = holder[key] * chance.choice((-1, 0, 2, 1000, 10**9, 0.5))
+        elif action == 3:
+            other, its = chance.choice(places)
+            holder[key] = json.loads(
+                json.dumps(other.get(its) if isinstance(other, dict) else nasty_if_gone(other, its))
+            )
+        else:
+            holder[key] = nasty(chance)
+    return value
+
+
+def nasty_if_gone(values: list, index: int) -> Any:
+    return values[index] if index < len(values) else None
+
+
+def _places(value: Any):
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from _places(value[key])
+
+
+def json_text(chance: random.Random, value: Any) -> bytes:
+    """A damaged JSON value as bytes, which may be damaged once more."""
+    text = json.dumps(damage_json(chance, value)).encode()
+    if chance.random() < 0.02:
+        depth = chance.choice((500, 50_000))
+        text = chance.choice((b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth))
+    return damage_bytes(chance, text) if chance.random() < 0.2 else text
+
+
+def damage_bytes(chance: random.Random, content: bytes) -> bytes:
+    """Bytes flipped, cut, repeated, or replaced as a whole."""
+    content = bytearray(content)
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        place = chance.randrange(len(content) + 1)
+        action = chance.randrange(8)
+        if action == 0 and content:
+            content[place % len(content)] ^= 1 << chance.randrange(8)
+        elif action == 1:
+            del content[place:]
+        elif action == 2:
+            del content[place : place + chance.randrange(1, 20)]
+        elif action == 3:
+            content[place:place] = content[: chance.randrange(1, 60)]
+        elif action == 4 and chance.random() < 0.2:
+            content = bytearray(chance.choice(REPLACED))
+        else:
+            content[place:place] = chance.choice(NASTY_BYTES)
+    return bytes(content)
+
+
+def damage_safetensors(chance: random.Random, content: bytes) -> bytes:
+    """The header's JSON changed, with its length kept right or not, or any bytes."""
+    if chance.random() < 0.3:
+        return damage_bytes(chance, content)
+    length = int.from_bytes(content[:8], "little")
+    values = json.loads(content[8 : 8 + length])
+    own = values.get("__metadata__") or {}
+    packed = [key for key, text in own.items() if text[:1] == "{"]
+    if packed and chance.random() < 0.6:  # what we keep as text inside
+        key = chance.choice(packed)
+        own[key] = json_text(chance, json.loads(own[key])).decode("utf-8", "replace")
+    else:
+        values = damage_json(chance, values)
+    header = json.dumps(values, ensure_ascii=chance.random() < 0.5).encode("utf-8", "replace")
+    header += b" " * (-len(header) % 8)
+    length = chance.choice((len(header),) * 20 + (0, 1, len(header) - 1, len(header) + 8, 2**31, 2**62))
+    return length.to_bytes(8, "little") + header + content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def damage_state(chance: random.Random, state: dict[Any, Any]) -> dict[Any, Any]:
+    """A state dict as another node pack could make one."""
+    state = dict(state)
+    for _ in range(chance.choice((1, 1, 2))):
+        key = chance.choice(list(state)) if state else "a.lora_A.weight"
+        tensor = state.get(key, torch.zeros(2, 2))
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        with suppress(IndexError, RuntimeError, NotImplementedError):  # not every tensor can be made into every other
+            state[key] = chance.choice(_TENSORS)(tensor)
+        if key in state and chance.random() < 0.3:
+            name = chance.choice(
+                (None, 3, "", b"x", ("a", 1), f"{key}.alpha", key.upper() if isinstance(key, str) else key)
+            )
+            state[name] = state.pop(key)
+    return state
+
+
+_TENSORS: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda t: None,
+    lambda t: [1, 2],
+    lambda t: "text",
+    lambda t: 3.0,
+    lambda t: t[:0],
+    lambda t: t.flatten(),
+    lambda t: t.reshape(-1)[:1].reshape(()) if t.numel() else t,
+    lambda t: t.to("meta"),
+    lambda t: t.to_sparse() if t.ndim == 2 else t,
+    lambda t: t.to(torch.complex64),
+    lambda t: t.to(torch.int64),
+    lambda t: t.bool(),
+    lambda t: t.to(torch.float8_e4m3fn),
+    lambda t: t.half(),
+    lambda t: t * float("nan"),
+    lambda t: t * float("inf"),
+    lambda t: t.unsqueeze(0),
+    lambda t: t.reshape(*t.shape, 1, 1),
+    lambda t: t.transpose(0, -1) if t.ndim else t,
+    lambda t: torch.zeros(3, 3),
+    lambda t: torch.zeros(0),
+    lambda t: torch.nn.Parameter(t) if t.is_floating_point() else t,
+)
+
+
+def a_lora() -> InstanceLora:
+    """A LoRA with a plain, a sliced and a grouped target."""
+    source = torch.Generator().manual_seed(0)
+
+    def pair(down: tuple[int, ...], up: tuple[int, ...]) -> LoraFactor:
+        return LoraFactor(torch.randn(1, *down, generator=source), torch.randn(1, *up, generator=source))
+
+    factors = {
+        "b.0.q": pair((2, 6), (10, 2)),
+        "b.0.qkv[0:4/8]": pair((2, 6), (4, 2)),
+        "b.0.mlp.experts.w1": pair((2, 2, 4), (2, 6, 2)),
+    }
+    return InstanceLora(factors, 2.0, {"instruction": "make it warm"})
+
+
+def trainer() -> Trainer:
+    """A run to resume."""
+    config = GeneratorConfig.from_dict(CONFIG)
+    return Trainer(GeneratorTrainable(Generator(config).initialize()), None, [], TrainConfig(steps=9, batch=1, ema=0.5))
+
+
+def readers(folder: Path) -> list[Reader]:
+    """All of them; files are made below a folder."""
+    config = GeneratorConfig.from_dict(CONFIG)
+    generator = Generator(config).initialize()
+    single = save_generator(generator, folder / "single.safetensors")
+    whole = save_generator(generator, folder / "whole")
+    weights = {name: "model.safetensors" for name in generator.state_dict()}
+    (folder / "indexed").mkdir()
+    shutil.copytree(whole, folder / "indexed", dirs_exist_ok=True)
+    lora, loras = folder / "lora.safetensors", []
+    for state in (to_state_dict(a_lora()), _kohya(), _experts()):
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, lora)
+        loras.append(lora.read_bytes())
+    loras.append(save_lora(a_lora(), lora).read_bytes())
+    run = trainer()
+    for parameter in run.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    run.optimizer.step()
+    run.save(folder / "state.safetensors")
+    pairs = folder / "pairs"
+    pairs.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(pairs / name)
+    shutil.copytree(BASE, folder / "base")
+    base, sampling = (json.loads((BASE / name).read_text()) for name in ("config.json", "generation_config.json"))
+
+    def written(path: Path, read: Callable[[], Any]) -> Callable[[bytes], None]:
+        def do(content: bytes) -> None:
+            path.write_bytes(content)
+            read()
+
+        return do
+
+    def build(text: bytes) -> None:
+        found = GeneratorConfig.from_json(text.decode("utf-8", "replace"))
+        found.to_json()
+        target_names(found)
+        Generator(found, device="meta")
+
+    def use(found: InstanceLora) -> None:
+        blend([found, found], [0.5, 0.5])
+        to_state_dict(found)
+
+    def read_log(content: bytes) -> None:
+        (folder / "log" / "validation.csv").write_bytes(content)
+        (folder / "log" / "log.csv").write_bytes(content)
+        RunLog(folder / "log", 4)
+
+    def read_list(name: str) -> Callable[[bytes], None]:
+        def do(content: bytes) -> None:
+            for other in ("pairs.csv", "pairs.jsonl", "metadata.jsonl"):
+                (pairs / other).unlink(missing_ok=True)
+            (pairs / name).write_bytes(content)
+            read_pairs(pairs)
+
+        return do
+
+    def read_base(text: bytes) -> None:
+        values = parse_json(text.decode("utf-8", "replace"), "config", HywuError)
+        BaseConfig.from_dict(values, {})
+
+    def read_sampling(text: bytes) -> None:
+        BaseConfig.from_dict(base, parse_json(text.decode("utf-8", "replace"), "config", HywuError))
+
+    def read_prompt(name: str) -> Callable[[bytes], None]:
+        def do(content: bytes) -> None:
+            for other in ("system_prompt.py", "system_prompt.txt"):
+                (folder / "prompt" / other).unlink(missing_ok=True)
+            (folder / "prompt" / name).write_bytes(content)
+            read_system_prompt(folder / "prompt")
+
+        return do
+
+    for name in ("log", "prompt"):
+        (folder / name).mkdir()
+    tiny = BaseConfig.read(BASE)
+    index, tokens = folder / "indexed" / "model.safetensors.index.json", (BASE / "tokenizer.json").read_bytes()
+    found = [
+        Reader("generator config", (CONFIG,), json_text, build),
+        Reader("generator folder", (CONFIG,), json_text, written(whole / "config.json", lambda: load_generator(whole))),
+        Reader(
+            "shard index", ({"weight_map": weights},), json_text, written(index, lambda: load_generator(index.parent))
+        ),
+        Reader(
+            "generator file",
+            (single.read_bytes(),),
+            damage_safetensors,
+            written(single, lambda: load_generator(single)),
+        ),
+        Reader("LoRA file", tuple(loras), damage_safetensors, written(lora, lambda: use(load_lora(lora)))),
+        Reader("LoRA state dict", (_kohya(), _experts()), damage_state, lambda state: use(from_state_dict(state))),
+        Reader("pairs.csv", (CSV,), damage_bytes, read_list("pairs.csv")),
+        Reader("pairs.jsonl", (JSONL,), damage_bytes, read_list("pairs.jsonl")),
+        Reader(
+            "run state",
+            ((folder / "state.safetensors").read_bytes(),),
+            damage_safetensors,
+            written(folder / "state.safetensors", lambda: trainer().resume(folder / "state.safetensors")),
+        ),
+        Reader("run log", (LOG,), damage_bytes, read_log, 0.4),
+        Reader("base config", (base,), json_text, read_base),
+        Reader("base sampling", (sampling,), json_text, read_sampling),
+        Reader(
+            "base folder",
+            (base,),
+            lambda chance, value: (
+                json_text(chance, value) if chance.random() < 0.02 else b"{"
+            ),  # a model is built: slow
+            written(folder / "base" / "config.json", lambda: inspect_base(folder / "base")),
+        ),
+        Reader("system prompt, source", (PROMPT,), damage_bytes, read_prompt("system_prompt.py")),
+        Reader("system prompt, text", (b"You edit images.\n",), damage_bytes, read_prompt("system_prompt.txt")),
+        Reader(
+            "tokenizer",
+            (tokens,),
+            damage_bytes,
+            written(folder / "base" / "tokenizer.json", lambda: Tokenizer.read(folder / "base", tiny)),
+        ),
+    ]
+    assert load_file(single)
+    return found
+
+
+def _kohya() -> dict[str, torch.Tensor]:
+    return {
+        "lora_unet_q.lora_down.weight": torch.ones(2, 6), "lora_unet_q.lora_up.weight": torch.ones(8, 2),
+        "lora_unet_q.alpha": torch.tensor(1.0), "lora_unet_c.lora_down.weight": torch.ones(2, 4, 1, 1),
+        "lora_unet_c.lora_up.weight": torch.ones(4, 2, 1, 1), "lora_unet_c.alpha": torch.tensor(2.0),
+    }  # fmt: skip
+
+
+def _experts() -> dict[str, torch.Tensor]:
+    shapes = {"lora_A": (2, 4), "lora_B": (6, 2)}
+    return {f"m.experts.{e}.down_proj.{f}.weight": torch.ones(s) for e in range(2) for f, s in shapes.items()}
+
+
+def run(executions: int, seed: int, seconds: float, keep: Path | None = None, only: str = "") -> Counter[Escape]:
+    """Share the executions out among all readers, print what came of it, and give the escapes."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        chosen = [reader for reader in readers(folder) if only in reader.name]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limit[1]))
+        escapes: Counter[Escape] = Counter()
+        total, left = sum(reader.share for reader in chosen), executions
+        for number, reader in enumerate(chosen):
+            share = left if number == len(chosen) - 1 else round(executions * reader.share / total)
+            left -= share
+            escapes += _run_reader(reader, share, random.Random(f"{seed} {reader.name}"), seconds, keep)
+        return escapes
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+        logging.disable(logging.NOTSET)
+        shutil.rmtree(folder)
+
+
+def _run_reader(
+    reader: Reader, executions: int, chance: random.Random, seconds: float, keep: Path | None
+) -> Counter[Escape]:
+    counts, escapes, smallest = Counter(), Counter(), {}
+    start, slowest = time.monotonic(), 0.0
+    for _ in range(executions):
+        given = reader.damage(chance, chance.choice(reader.inputs))
+        begun = time.monotonic()
+        escape = _try(reader, given, seconds, counts)
+        slowest = max(slowest, time.monotonic() - begun)
+        if escape:
+            escapes[escape] += 1
+            text = given if isinstance(given, bytes) else repr(given)[:100_000].encode("utf-8", "replace")
+            if len(text) < len(smallest.get(escape, text + b" ")):
+                smallest[escape] = text
+    took = time.monotonic() - start
+    print(
+        f"{reader.name:22} {executions:7} executions, {counts['refused']:7} refused, {counts['read']:7} read, "
+        f"{sum(escapes.values()):5} escapes, slowest {slowest:.2f} s, {took:.0f} s",
+        flush=True,
+    )
+    for number, (escape, count) in enumerate(escapes.most_common()):
+        print(f"    {count:5} {escape.kind} at {escape.place}: {smallest[escape][:120]!r}", flush=True)
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / f"{reader.name.replace(' ', '-')}-{number}").write_bytes(smallest[escape])
+    return escapes
+
+
+def _try(reader: Reader, given: Any, seconds: float, counts: Counter) -> Escape | None:
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        reader.read(given)
+        counts["read"] += 1
+    except HywuError as error:
+        counts["refused"] += 1
+        if len(str(error)) > 4000:
+            return Escape(reader.name, f"{type(error).__name__} of {len(str(error))} characters", _place(error))
+    except (Exception, TooLongError) as error:
+        return Escape(reader.name, type(error).__name__, _place(error))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return None
+
+
+def _too_long(*_) -> None:
+    raise TooLongError
+
+
+def _place(error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "hywu_core" in frame.filename]
+    return f"{frames[-1].filename.rpartition('hywu_core/')[2]}:{frames[-1].lineno}" if frames else "this script"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--executions", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=5.0, help="that one input may take")
+    parser.add_argument("--keep", type=Path, help="folder for the smallest inputs that escaped")
+    parser.add_argument("--only", default="", help="readers whose name holds this")
+    arguments = parser.parse_args()
+    escapes = run(arguments.executions, arguments.seed, arguments.seconds, arguments.keep, arguments.only)
+    print(
+        f"{arguments.executions} executions, seed {arguments.seed}: {sum(escapes.values())} escapes at {len(escapes)} places"
+    )
+    return 1 if escapes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
