@@ -21,6 +21,9 @@ MAX_RANK = 2**12  # the released one has 16
 MAX_ALPHA = 2.0**20  # the released one has 64
 MAX_ELEMENTS = 2**38  # of one LoRA; the released one has 722,993,152
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
 
 @dataclass(frozen=True)
 class GeneratorConfig:
@@ -142,7 +145,7 @@ class GeneratorConfig:
         # experts x (in + out) of every target of one layer
         sizes: dict[str, int] = {}
         for name, entry in self.pg_mapping.items():
-            where = f"pg_mapping[{name!r}]"
+            where = f"pg_mapping[{_shown(name)}]"
             if not isinstance(entry, dict):
                 raise ConfigError(f"{where} must be an object, found {_shown(entry)}.")
             kind = entry.get("type")
@@ -150,7 +153,7 @@ class GeneratorConfig:
                 raise ConfigError(f'{where} has the unknown type {_shown(kind)}; expected none or "{GROUPED}".')
             for target, size in _sizes_of_group(name, entry, where) if kind else [(name, _check_dims(where, entry))]:
                 if target in sizes:
-                    raise ConfigError(f"{where}: the target {target} is named twice.")
+                    raise ConfigError(f"{where}: the target {_shown(target)} is named twice.")
                 sizes[target] = size
         if len(sizes) * self.num_base_model_layers > MAX_TARGETS:
             raise ConfigError(
@@ -174,9 +177,9 @@ class GeneratorConfig:
                 f"hywu.condition must name each of its parts by a kind of its own, found {_shown(kinds)}."
             )
         for part in parts:
-            _check_positive(f"hywu.condition, the width of {part['kind']!r}", part.get("width"), MAX_WIDTH)
+            _check_positive(f"hywu.condition, the width of {_shown(part['kind'])}", part.get("width"), MAX_WIDTH)
             if "patch" in part:
-                _check_positive(f"hywu.condition, the patch of {part['kind']!r}", part["patch"], MAX_WIDTH)
+                _check_positive(f"hywu.condition, the patch of {_shown(part['kind'])}", part["patch"], MAX_WIDTH)
         if sum(part["width"] for part in parts) != self.input_dim:
             widths = " + ".join(str(part["width"]) for part in parts)
             raise ConfigError(f"input_dim {self.input_dim} must be the sum of the condition's widths {widths}.")
@@ -188,7 +191,7 @@ def _sizes_of_group(name: str, entry: dict[str, Any], where: str) -> list[tuple[
     if not isinstance(parts, dict) or not parts:
         raise ConfigError(f"{where}.sub_weights must name at least one weight.")
     return [
-        (f"{name}.{part}", experts * _check_dims(f"{where}.sub_weights[{part!r}]", dims))
+        (f"{name}.{part}", experts * _check_dims(f"{where}.sub_weights[{_shown(part)}]", dims))
         for part, dims in parts.items()
     ]
 
@@ -212,4 +215,4 @@ def _shown(value: Any) -> str:
     """A bad value as far as an error can show it. The longest whole numbers cannot be printed at all."""
     if isinstance(value, int) and value.bit_length() > 256:
         return "a far larger number"
-    return reprlib.repr(value)
+    return _SHORT.repr(value)

@@ -61,8 +61,9 @@ CONFIGS = {
     ),
     "a target twice": (
         {"pg_mapping": {**group()["pg_mapping"], "e.w1": {"lora_A_dim": 6, "lora_B_dim": 10}}},
-        "the target e.w1 is named twice",
+        "the target 'e.w1' is named twice",
     ),
+    "a name of 140,000 characters": ({"pg_mapping": {"x" * 140_000: {}}}, "lora_A_dim must be a positive integer"),
     "a width of 2^63": ({"hywu": {"condition": [{"kind": "a", "width": 2**63}]}}, "the width of 'a' must be at most"),
     "a patch of none": ({"hywu": {"condition": [{"kind": "a", "width": 8, "patch": "2"}]}}, "the patch of 'a' must be"),
     "a base that is a list": ({"hywu": {"base": [1]}}, "hywu.base must be the name of a base"),
