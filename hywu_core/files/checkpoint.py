@@ -22,6 +22,7 @@ from ..config import GeneratorConfig
 from ..errors import CheckpointError, SaveError
 from ..generator import Generator
 from .atomic import atomic_write
+from .names import check_path
 from .safetensors import open_safetensors, write_safetensors
 from .shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, Header, folder_shards, indexed, main_dtype, read_headers, some
 from .text import read_text
@@ -108,6 +109,7 @@ def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | 
     if path.suffix == ".safetensors":
         write_safetensors(path, state, {"format": "pt", CONFIG_KEY: config}, dtype)
         return path
+    check_path(Path(os.path.abspath(path)))
     weights, own = path / WEIGHTS_FILE, {OWN_CONFIG_KEY: config, REPLACED_KEY: _hash_of(path / CONFIG_FILE)}
     replaced = _indexed_before(path)
     with atomic_write(path / CONFIG_FILE) as temporary:

@@ -135,6 +135,13 @@ def test_paths_that_cannot_be(tmp_path, path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["CON", "a:b", "dots.", "a\0b"])
+def test_folders_that_some_system_cannot_hold(tmp_path, name):
+    with pytest.raises(SaveError, match="Cannot write"):
+        save_generator(Generator(GeneratorConfig.from_dict(VALUES)).initialize(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_text_file_that_is_far_too_large(tmp_path):
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(10**12)

@@ -355,3 +355,10 @@ def test_consoles_and_locales_that_are_not_utf_8(tmp_path, environment, said):
     assert lines[0].startswith(said) and lines[-1] == "plain"
     if said == "refused":
         assert "cannot be written in this system" in lines[0] and "PYTHONUTF8=1" in lines[0]
+
+
+def test_a_script_says_names_that_its_console_lacks():
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import in_host; print('saved \u7f16')"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120, check=False)
+    assert run.returncode == 0 and run.stdout.strip() == b"saved \\u7f16"
