@@ -207,6 +207,7 @@ def readers(folder: Path) -> list[Reader]:
             ((folder / "state.safetensors").read_bytes(),),
             damage_safetensors,
             written(folder / "state.safetensors", lambda: trainer().resume(folder / "state.safetensors")),
+            0.5,
         ),
         Reader("run log", (LOG,), damage_bytes, read_log, 0.4),
         Reader("base config", (base,), json_text, read_base),

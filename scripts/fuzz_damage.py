@@ -43,7 +43,8 @@ def damage_json(chance: random.Random, value: Any) -> Any:
         elif action == 1 and isinstance(holder, dict):
             holder[chance.choice((str(nasty(chance)), "alpha", key + "_"))[:400]] = holder.pop(key)
         elif action == 2 and isinstance(holder[key], int | float):
-            holder[key] = holder[key] * chance.choice((-1, 0, 2, 1000, 10**9, 0.5))
+            with suppress(OverflowError):
+                holder[key] = holder[key] * chance.choice((-1, 0, 2, 1000, 10**9, 0.5))
         elif action == 3:
             other, its = chance.choice(places)
             holder[key] = json.loads(
