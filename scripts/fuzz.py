@@ -308,7 +308,7 @@ def _try(reader: Reader, given: Any, seconds: float, counts: Counter) -> Escape 
     except HywuError as error:
         counts["refused"] += 1
         if len(str(error)) > 4000:
-            return Escape(reader.name, f"{type(error).__name__} of {len(str(error))} characters", _place(error))
+            return Escape(reader.name, f"{type(error).__name__} of many characters", _place(error))
     except (Exception, TooLongError) as error:
         return Escape(reader.name, type(error).__name__, _place(error))
     finally:

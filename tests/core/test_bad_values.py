@@ -273,3 +273,9 @@ def test_a_log_that_cannot_be_written_stays(tmp_path, monkeypatch):
     with pytest.raises(SaveError, match=r"log\.csv.*No space left"):
         RunLog(tmp_path, 1)
     assert (tmp_path / "log.csv").read_bytes() == (HEADING + "0,0.5,0.1,1\n").encode()
+
+
+def test_a_message_that_names_something_endless_is_cut_in_its_middle():
+    assert str(ConfigError("short")) == "short"
+    text = str(ConfigError(f"what is wrong: {'x' * 10**6}. What to do."))
+    assert text.startswith("what is wrong: x") and text.endswith("x. What to do.") and len(text) < 3100
