@@ -10,7 +10,11 @@ from bounded import bounded
 from hywu_core.bases.hunyuan_image3.config import BaseConfig
 from hywu_core.bases.hunyuan_image3.files import inspect_base, read_system_prompt
 from hywu_core.bases.hunyuan_image3.quantised import read_mark
+from hywu_core.bases.pocket import editor, text
+from hywu_core.bases.pocket.editor import load_editor
+from hywu_core.bases.pocket.text import load_text_encoder
 from hywu_core.errors import CheckpointError
+from hywu_core.files.safetensors import write_safetensors
 
 VALUES = json.loads((tiny.FIXTURES / "base_tiny" / "config.json").read_text())
 CONFIGS = {
@@ -121,3 +125,14 @@ def test_system_prompts(tmp_path, case):
 def test_marks_of_quantised_weights(told):
     with bounded(), pytest.raises(CheckpointError, match="x.comfy_quant is damaged"):
         read_mark("x.comfy_quant", told)
+
+
+@pytest.mark.parametrize(
+    "told", ["{", "[]", "{}", '{"axes_dim": 3, "words": 3}', '{"axes_dim": [1], "words": [], "x": 1}']
+)
+@pytest.mark.parametrize("read", [load_editor, load_text_encoder])
+def test_configurations_of_the_pocket_editor(tmp_path, told, read):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.zeros(1)}, {editor.CONFIG_KEY: told, text.CONFIG_KEY: told})
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        read(path)
