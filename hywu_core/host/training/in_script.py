@@ -94,8 +94,9 @@ def _prepare(
     if run.pocket and not run.pairs:
         task = _together(communication, lambda: _pocket_task(run))
     else:
-        model, sources, origin = _together(communication, lambda: _read(run))
-        _together(communication, lambda: _encode(run, sources, communication, _progress(stop, say)))
+        looked, encoded = (_progress(stop, say, word) for word in ("looked at", "encoded"))
+        model, sources, origin = _together(communication, lambda: _read(run, looked))
+        _together(communication, lambda: _encode(run, sources, communication, encoded))
         task = _together(communication, lambda: _pairs_task(run, model, sources, origin))
     return _together(communication, lambda: _trainer(run, task, communication)), task
 
@@ -126,14 +127,14 @@ def _pocket_task(run: RunConfig) -> Task:
     return Task(model, generator, pairs("train", run.variants), held_out, f"shipped pictures, suite {run.suite}")
 
 
-def _read(run: RunConfig) -> tuple[Any, list[EncodedPairs], str]:
+def _read(run: RunConfig, progress: Callable[[int, int], None]) -> tuple[Any, list[EncodedPairs], str]:
     """The base, the pairs to train on and those that are held out, and what tells them from others."""
     if not run.pairs:
         raise ConfigError("There is nothing to train on. Give a folder of pairs (--pairs), or --pocket.")
-    pairs = read_pairs(Path(run.pairs), run.size, run.background)
+    pairs = read_pairs(Path(run.pairs), run.size, run.background, progress)
     train_pairs, held_out = hold_out(pairs, 0 if run.held_out else run.held_out_share)
     if run.held_out:
-        held_out = read_pairs(Path(run.held_out), run.size, run.background)
+        held_out = read_pairs(Path(run.held_out), run.size, run.background, progress)
     if not run.pocket:
         base_files.check_files(run)
     model = pocket.load_pocket_editor()[0] if run.pocket else base_files.load_model(run)
@@ -162,12 +163,12 @@ def _encode(run: RunConfig, sources: list[EncodedPairs], communication: Accelera
             source.encode(mine, encoders, progress)
 
 
-def _progress(stop: Callable[[], bool], say: Callable[[str], None]) -> Callable[[int, int], None]:
+def _progress(stop: Callable[[], bool], say: Callable[[str], None], did: str) -> Callable[[int, int], None]:
     def progress(done: int, total: int) -> None:
         if done % SHOW_EVERY == 0 or done == total:
-            say(f"encoded {done}/{total} pairs")
+            say(f"{did} {done}/{total} pairs")
         if stop():
-            raise StoppedError("Stopped while encoding pairs. The same command goes on.")
+            raise StoppedError("Stopped before the first step. The same command goes on.")
 
     return progress
 
