@@ -72,5 +72,5 @@ def test_the_largest_seed_that_the_node_takes(held_out):
 def test_an_empty_latent_is_named(held_out):
     model, handle, _ = held_out
     empty = [{"samples": torch.zeros(1, 16, 0, 0)}] * 2
-    with pytest.raises(pairs_of_lists.DataError, match="latent of pair 1 is empty: its picture is too small"):
+    with pytest.raises(pairs_of_lists.PairError, match="latent of pair 1 is empty: its picture is too small"):
         pairs_of_lists.host_pairs(model, handle.config, empty, [families.conditioning(12, 8)] * 2)

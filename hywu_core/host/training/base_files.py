@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 
 from ...errors import CheckpointError
-from ...training.run import RunConfig
+from ...training.options import RunConfig
 from .pairs_of_folder import Encoders
 
 PIXEL_SPACE = "pixel_space"
@@ -29,7 +29,7 @@ def check_files(run: RunConfig) -> None:
     """
     if not run.checkpoint and not (run.model and run.text_encoders and run.vae):
         raise CheckpointError(
-            "A run needs a base: --model, --text-encoders and --vae (or --checkpoint with all three), or --pocket."
+            "A run needs a base: --model, --text-encoders and --vae (or --checkpoint with all three)."
         )
     if run.clip_type.upper() not in comfy.sd.CLIPType.__members__:
         kinds = ", ".join(sorted(name.lower() for name in comfy.sd.CLIPType.__members__))

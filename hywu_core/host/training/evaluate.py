@@ -60,7 +60,7 @@ def evaluate_generator(
     Returns:
         an IMAGE (1, H, W, 3) and a table as tab-separated text.
     Raises:
-        DataError, ConditionError: see `host_pairs`. MatchError: see `DiffusionObjective`.
+        PairError, ConditionError: see `host_pairs`. MatchError: see `DiffusionObjective`.
     """
     check_fits(model.model, handle.config)
     refuse_quantised(model.model)  # before all conditions are computed

@@ -65,17 +65,11 @@ class Reading(NamedTuple):
     background: str = pictures.BACKGROUND  # colour under transparent pixels
 
 
-def read_pairs(
-    folder: Path,
-    size: int = 0,
-    background: str = pictures.BACKGROUND,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Pair]:
+def read_pairs(folder: Path, size: int = 0, background: str = pictures.BACKGROUND) -> list[Pair]:
     """All pairs of a folder, every picture looked at.
 
     Args:
         size, background: see `Reading`; without a size, both pictures of a pair must have one size.
-        progress: called with (done, total) after every pair; what it raises ends the work.
     Raises:
         PairError: naming file and line of every pair that cannot be used, or for fewer than two.
         ConfigError: for a background that is no colour.
@@ -84,14 +78,12 @@ def read_pairs(
     rows, problems = rows_of(folder)
     facts: dict[Path, pictures.Facts] = {}
     pairs = []
-    for done, row in enumerate(rows, 1):
+    for row in rows:
         problem = _problem(row, facts, size)
         if problem:
             problems.append(problem)
         else:
             pairs.append(_pair(row, facts[row.source], facts[row.target]))
-        if progress:
-            progress(done, len(rows))
     refuse(problems)
     if len(pairs) < 2:
         raise PairError(
