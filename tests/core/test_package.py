@@ -81,7 +81,7 @@ def test_published_scripts_need_nothing_that_is_not_published():
     assert ROOT / "scripts" / "train.py" in published
     private = {Path(name).stem for name in kept_out if name} | {"study", "tests"}
     for path in published:
-        needs = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        needs = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert not private & set(needs), path.name
 
 
