@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import LoraError
+from ..errors import LoraError, SaveError
 from ..layout import place
 from ..lora import InstanceLora, LoraFactor, times
 from .lora_state import (
@@ -137,8 +137,11 @@ def save_lora(
         return path
     folder = path.with_suffix("") if path.suffix == ".safetensors" else path
     factors = _peft_factors(lora)
-    # The configuration goes first and comes last, so that no reader ever finds the weights of one LoRA beside that of another.
-    (folder / "adapter_config.json").unlink(missing_ok=True)
+    # The configuration goes first and comes last: no reader finds the weights of one LoRA beside that of another.
+    try:
+        (folder / "adapter_config.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(f"Cannot write {folder}: {error}. Choose a folder that can be written to.") from error
     header = _file_metadata(lora)
     write_safetensors(
         folder / "adapter_model.safetensors", {PEFT_PREFIX + key: factor for key, factor in factors.items()}, header
