@@ -125,7 +125,7 @@ def test_diffusers_reads_the_folder_of_a_base_with_its_names(tmp_path, monkeypat
         model = peft.PeftModel.from_pretrained(model, folder).base_model.model
     torch.testing.assert_close(qwen_output(model), expected, atol=1e-4, rtol=0)
     assert (expected - before).norm() > 0.05 * before.norm()
-    assert load_lora(folder / "adapter_model.safetensors").names == lora.names
+    assert set(load_lora(folder / "adapter_model.safetensors").names) == set(lora.names)
 
 
 def flux_of_diffusers():

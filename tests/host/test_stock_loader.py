@@ -3,6 +3,7 @@
 Merge gives the stock loader's weights; bypass gives them or refuses by name; nothing differs in silence. -s shows counts.
 """
 
+import functools
 import math
 from collections import Counter
 
@@ -44,10 +45,11 @@ def model_of(name):
     return (families.FAMILIES | families.UNETS)[name]().model
 
 
-@pytest.fixture(params=["flux_double", "qwen_image", "z_image", "wan", "sd3", "sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["flux_double", "qwen_image", "z_image", "wan", "sd3", "sd15", "sdxl"])
 def model(request):
     with torch.inference_mode():
-        return model_of(request.param)
+        yield model_of(request.param)
+    entries.cache_clear()
 
 
 def noise(*shape):
@@ -142,6 +144,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)
 def entries(model):
     """{a name in the host's table: (key, offset, function, the shape of what it changes)} for what carries weights."""
     weights, found = model.model.state_dict(), {}
@@ -349,6 +352,7 @@ def test_files_that_the_host_converts(kind):
         if mode == "merge":
             exact, total = same_change(model, patched, stock(model, state))
             print(f"\n{kind}: {total} weights, {exact} exact, {matches}")
+    same_change(model, stock(model, to_state_dict(foreign.read(state))), stock(model, state))
 
 
 def named(model, pattern):
