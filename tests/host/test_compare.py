@@ -167,5 +167,10 @@ def test_numbers_that_are_not_finite_are_shown_and_named(loras):
     bad = InstanceLora(factors)
     image, table = charts.norms_by_layer(bad)
     assert torch.isfinite(image).all() and "nan" in table
-    with pytest.raises(LoraError, match=f"{name} holds NaN or infinity"):
+    with pytest.raises(LoraError, match=f"{name}: the factors hold NaN or infinite values"):
         store.blend_from_text([bad, loras[1]], "", max_rank=2)
+
+
+def test_a_lora_without_pairs_has_an_empty_picture():
+    image, table = charts.norms_by_layer(InstanceLora({}))
+    assert image.ndim == 4 and torch.isfinite(image).all() and len(table.splitlines()) == 1
