@@ -204,10 +204,10 @@ def inner(a: LoraFactor, b: LoraFactor) -> Tensor:
     """<B_a A_a, B_b A_b> over the last two axes, without forming a product: sum((B_a^T B_b) * (A_a A_b^T)).
 
     Returns:
-        (B,) or, for grouped experts, (B, E), in float64.
+        (B,) or, for grouped experts, (B, E), in float64 on the CPU.
     """
-    ups = a.up.double().mT @ b.up.double()
-    downs = a.down.double() @ b.down.double().mT
+    ups = _exact(a.up).mT @ _exact(b.up)
+    downs = _exact(a.down) @ _exact(b.down).mT
     return (ups * downs).sum((-2, -1))
 
 
@@ -239,10 +239,10 @@ def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] 
     factors = [dict(zip(lora.names, lora.pairs, strict=True)) for lora in loras]
     products = torch.zeros(count, count, max(lora.batch for lora in loras), dtype=torch.float64)
     for done, name in enumerate(names, 1):
-        pairs = [LoraFactor(*(factor.double() for factor in found[name])) for found in factors]
+        pairs = [LoraFactor(*map(_exact, found[name])) for found in factors]
         for i in range(count):
             for j in range(i, count):
-                both = loras[i].scale * loras[j].scale * _over_experts(inner(pairs[i], pairs[j])).cpu()
+                both = loras[i].scale * loras[j].scale * _over_experts(inner(pairs[i], pairs[j]))
                 products[i, j] += both
                 if j > i:
                     products[j, i] += both
@@ -251,6 +251,11 @@ def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] 
     squares = products.diagonal().T.clamp(min=0)  # (N, B)
     lengths = (squares.unsqueeze(0) * squares.unsqueeze(1)).sqrt()
     return torch.where(lengths > 0, products / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
+
+
+def _exact(factor: Tensor) -> Tensor:
+    """In float64, which not every device has."""
+    return factor.cpu().double()
 
 
 def _check_alike(loras: Sequence[InstanceLora]) -> None:
@@ -299,13 +304,13 @@ def concatenate(name: str, pairs: Sequence[LoraFactor], batch: int = 1) -> LoraF
 def _truncate(name: str, pair: LoraFactor, rank: int) -> LoraFactor:
     if not all(torch.isfinite(wide(factor)).all() for factor in pair):
         raise LoraError(f"{name}: the factors hold NaN or infinite values, so there is no nearest LoRA of rank {rank}.")
-    q_up, r_up = torch.linalg.qr(pair.up.double())
-    q_down, r_down = torch.linalg.qr(pair.down.double().mT)
+    q_up, r_up = torch.linalg.qr(_exact(pair.up))
+    q_down, r_down = torch.linalg.qr(_exact(pair.down).mT)
     left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
     root = values[..., :rank].sqrt()
     up = (q_up @ left[..., :rank]) * root.unsqueeze(-2)
     down = root.unsqueeze(-1) * (right[..., :rank, :] @ q_down.mT)
-    return LoraFactor(down.to(pair.down.dtype), up.to(pair.up.dtype))
+    return LoraFactor(down.to(pair.down), up.to(pair.up))
 
 
 def _check_pair(name: str, pair: LoraFactor) -> None:
