@@ -41,12 +41,15 @@ from hywu_core.config import GeneratorConfig  # noqa: E402
 from hywu_core.errors import HywuError  # noqa: E402
 from hywu_core.files.checkpoint import load_generator, save_generator  # noqa: E402
 from hywu_core.files.lora_files import from_state_dict, load_lora, save_lora, to_state_dict  # noqa: E402
+from hywu_core.files.quantised import STORED  # noqa: E402
 from hywu_core.files.text import parse_json  # noqa: E402
 from hywu_core.generator import Generator  # noqa: E402
+from hywu_core.host import memory  # noqa: E402
 from hywu_core.host.training.pairs_of_folder import read_pairs  # noqa: E402
 from hywu_core.layout import target_names  # noqa: E402
 from hywu_core.lora import InstanceLora, LoraFactor, blend  # noqa: E402
 from hywu_core.training import GeneratorTrainable, RunLog, TrainConfig, Trainer  # noqa: E402
+from hywu_core.training.options import read_arguments  # noqa: E402
 
 MEMORY = 4 * 2**30  # bytes of address space that all inputs together may add
 BASE = ROOT / "tests" / "fixtures" / "base_tiny"
@@ -198,6 +201,12 @@ def readers(folder: Path) -> list[Reader]:
             damage_safetensors,
             written(single, lambda: load_generator(single)),
         ),
+        Reader(
+            "quantised generator",
+            tuple(save_generator(generator, single, kind).read_bytes() for kind in STORED),
+            damage_safetensors,
+            written(single, lambda: memory.load(single)),
+        ),
         Reader("LoRA file", tuple(loras), damage_safetensors, written(lora, lambda: use(load_lora(lora)))),
         Reader("LoRA state dict", (_kohya(), _experts()), damage_state, lambda state: use(from_state_dict(state))),
         Reader("pairs.csv", (CSV,), damage_bytes, read_list("pairs.csv")),
@@ -208,6 +217,21 @@ def readers(folder: Path) -> list[Reader]:
             damage_safetensors,
             written(folder / "state.safetensors", lambda: trainer().resume(folder / "state.safetensors")),
             0.5,
+        ),
+        Reader(
+            "run config",
+            (
+                {
+                    "steps": 20,
+                    "betas": [0.9, 0.95],
+                    "pocket": True,
+                    "size": 32,
+                    "regime": "told",
+                    "text_encoders": ["a"],
+                },
+            ),
+            json_text,
+            written(folder / "run.json", lambda: read_arguments(["--config", str(folder / "run.json")], "")),
         ),
         Reader("run log", (LOG,), damage_bytes, read_log, 0.4),
         Reader("base config", (base,), json_text, read_base),
@@ -273,6 +297,8 @@ def run(executions: int, seed: int, seconds: float, keep: Path | None = None, on
 def _run_reader(
     reader: Reader, executions: int, chance: random.Random, seconds: float, keep: Path | None
 ) -> Counter[Escape]:
+    for given in reader.inputs:  # what is whole must be read, or nothing behind its first check would be tried
+        reader.read(json.dumps(given).encode() if reader.damage is json_text else given)
     counts, escapes, smallest = Counter(), Counter(), {}
     start, slowest = time.monotonic(), 0.0
     for _ in range(executions):

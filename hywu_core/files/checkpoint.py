@@ -23,6 +23,7 @@ from ..errors import CheckpointError, SaveError
 from ..generator import Generator
 from .atomic import atomic_write
 from .names import check_path
+from .quantised import MARK, SCALE, kind_of, plain, quantised, quantised_layers
 from .safetensors import open_safetensors, write_safetensors
 from .shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, Header, folder_shards, indexed, main_dtype, read_headers, some
 from .text import read_text
@@ -40,7 +41,8 @@ class GeneratorFiles(NamedTuple):
     path: Path
     config: GeneratorConfig
     shards: dict[Path, tuple[str, ...]]  # file -> the tensors to take from it
-    dtype: torch.dtype  # of most of its weights
+    dtype: torch.dtype  # of most of its weights that are not quantised
+    quantised: str | None  # how the matrices of its blocks are stored; None: like the rest
 
     @property
     def fingerprint(self) -> str:
@@ -69,9 +71,11 @@ def inspect_generator(path: str | Path) -> GeneratorFiles:
     else:
         raise CheckpointError(f"{path} does not exist. Expected a generator's folder or .safetensors file.")
     found = read_headers(shards)
-    _check_tensors(path, config, found)
+    layers = _check_tensors(path, config, found)
     by_shard = {shard: tuple(name for name, header in found.items() if header.shard == shard) for shard in shards}
-    return GeneratorFiles(path, config, by_shard, main_dtype(found))
+    rest = {name: header for name, header in found.items() if name.removesuffix(".weight") not in layers}
+    kind = next(iter(layers.values()), None)
+    return GeneratorFiles(path, config, by_shard, main_dtype(rest), kind)
 
 
 def load_generator(
@@ -81,46 +85,54 @@ def load_generator(
 
     Args:
         path: see the top of this file.
-        device, dtype: of its parameters; dtype None keeps what is stored.
+        device, dtype: of its parameters; dtype None keeps what is stored, what is quantised as float32.
     Raises:
         CheckpointError, ConfigError: see `inspect_generator`.
     """
     files = inspect_generator(path)
     generator = Generator(files.config, device="meta")
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in files.tensors()}
-    generator.load_state_dict(state, assign=True)
+    state = plain(dict(files.tensors()), dtype)
+    generator.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     return generator
 
 
-def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | str | None = None) -> Path:
     """Write a generator: one file if `path` ends in .safetensors, else a folder in the released form.
 
     What stood there is replaced at one moment. A folder is read as before until then and as the new generator from then on,
     whenever the process is killed; shards that an index named before are removed.
 
     Args:
-        dtype: to store; None keeps the parameters' own.
+        dtype: to store; None keeps the parameters' own; one of `quantised.STORED` quantises the matrices of the blocks.
     Returns:
         the path that `load_generator` reads.
     Raises:
         SaveError: if it cannot be written; nothing is left half-written.
     """
-    path, state, config = Path(path), generator.state_dict(), generator.config.to_json()
+    path, config = Path(path), generator.config.to_json()
+    state, cast = _stored(generator.state_dict(), dtype), None if isinstance(dtype, str) else dtype
     if path.suffix == ".safetensors":
-        write_safetensors(path, state, {"format": "pt", CONFIG_KEY: config}, dtype)
+        write_safetensors(path, state, {"format": "pt", CONFIG_KEY: config}, cast)
         return path
     check_path(Path(os.path.abspath(path)))
     weights, own = path / WEIGHTS_FILE, {OWN_CONFIG_KEY: config, REPLACED_KEY: _hash_of(path / CONFIG_FILE)}
     replaced = _indexed_before(path)
     with atomic_write(path / CONFIG_FILE) as temporary:
         temporary.write_text(config, encoding="utf-8")
-        write_safetensors(weights, state, {"format": "pt", **own}, dtype)
+        write_safetensors(weights, state, {"format": "pt", **own}, cast)
         if replaced:
             _remove(path / INDEX_FILE)
     for name in set(replaced) - {WEIGHTS_FILE}:
         with suppress(OSError):  # nothing reads it any more; on Windows it stays as long as it is mapped
             (path / name).unlink()
     return path
+
+
+def _stored(state: dict[str, Tensor], dtype: torch.dtype | str | None) -> dict[str, Tensor]:
+    """The tensors of a generator, quantised or not, as a file is to hold them; what is plain is cast while it is written."""
+    if isinstance(dtype, str):
+        return state if dtype == kind_of(state) else dict(quantised(plain(state), dtype))
+    return state if dtype is None or kind_of(state) is None else plain(state, dtype)
 
 
 def fingerprint(config: GeneratorConfig, state: Mapping[str, Tensor]) -> str:
@@ -196,17 +208,25 @@ def _file_config(file: Path) -> GeneratorConfig:
     )
 
 
-def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, Header]) -> None:
+def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, Header]) -> dict[str, str]:
+    """What of it is quantised, by layer."""
+    layers, problems = quantised_layers(found)
+    beside = {layer + suffix for layer in layers for suffix in (SCALE, MARK)}
     expected = {name: tuple(tensor.shape) for name, tensor in Generator(config, device="meta").state_dict().items()}
-    problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
-    problems += [f"unexpected {name} {list(header.shape)}" for name, header in found.items() if name not in expected]
+    problems += [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
+    problems += [
+        f"unexpected {name} {list(header.shape)}"
+        for name, header in found.items()
+        if name not in expected.keys() | beside
+    ]
     for name, header in found.items():
         if name in expected and header.shape != expected[name]:
             problems.append(f"{name} has the shape {list(header.shape)}, expected {list(expected[name])}")
-        elif name in expected and header.dtype not in DTYPES:
+        elif name in expected and header.dtype not in DTYPES and name.removesuffix(".weight") not in layers:
             problems.append(f"{name} is stored as {header.dtype}, expected a floating-point type")
     if problems:
         raise CheckpointError(
             f"{path} does not hold the weights that its configuration describes: {some(problems, '; ')}. "
             "Download it again, or use the config.json that belongs to it."
         )
+    return layers

@@ -23,18 +23,18 @@ def read_text(path: Path, error: type[HywuError], remedy: str = "Download it aga
     try:
         size = os.path.getsize(path)
         if size > LARGEST:
-            raise error(f"{path} has {size:,} bytes, and no such file has more than {LARGEST:,}. {remedy}")
+            raise error(f"{path} has {size:,} bytes, and no such file has more than {LARGEST:,}.{_spaced(remedy)}")
         content = Path(path).read_bytes()
     except (OSError, ValueError) as reason:
         if isinstance(reason, HywuError):
             raise
-        raise error(f"{path} cannot be read ({reason}). {remedy}") from None
+        raise error(f"{path} cannot be read ({reason}).{_spaced(remedy)}") from None
     if found := what_it_is(content[:512], size):
         raise error(f"{path} {found}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
-        raise error(f"{path} is not UTF-8 text ({reason}). {remedy}") from None
+        raise error(f"{path} is not UTF-8 text ({reason}).{_spaced(remedy)}") from None
 
 
 def read_json(path: Path, error: type[HywuError], remedy: str = "Download it again.") -> dict[str, Any]:
@@ -52,7 +52,7 @@ def parse_json(text: str, where: str, error: type[HywuError], remedy: str = "") 
     Raises:
         error: of the caller's kind, if it is no JSON, no object, or nested deeper than anything that is read here.
     """
-    remedy = f" {remedy}" if remedy else ""
+    remedy = _spaced(remedy)
     try:
         values = json.loads(text)
     except RecursionError:
@@ -78,6 +78,10 @@ def what_it_is(start: bytes, size: int) -> str | None:
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not the file: the link led to a page, perhaps to one that asks to log in. Download the file."
     return None
+
+
+def _spaced(remedy: str) -> str:
+    return f" {remedy}" if remedy else ""
 
 
 def _deeper_than(values: Any, depth: int) -> bool:

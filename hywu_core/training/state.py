@@ -108,7 +108,7 @@ def _check_tensors(
 def _check_config(path: Path, stored: Any, config: TrainConfig) -> None:
     if not isinstance(stored, dict):
         raise StateError(f"{path} does not say what it was trained with. Use a new run name.")
-    now = json.loads(json.dumps(asdict(config)))
+    now = config.identity()
     changed = [name for name in now if stored.get(name) != now[name]]
     if changed:
         name = changed[0]

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy.weight_adapter
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
@@ -29,7 +28,8 @@ from ...layout import FOREIGN_BANKS
 from ...lora import InstanceLora
 from .bank import Adapter, Bank
 from .experts import ExpertLoraAdapter
-from .matching import Match, Matches, match
+from .foreign import Patch
+from .matching import Match, Matches, as_adapter, match
 
 KEY = "hywu"
 COMPILE_KEY = "torch.compile"  # the host's own, of its TorchCompileModel node
@@ -66,7 +66,8 @@ def apply_lora(
     Args:
         strength: any sign; 0 gives an unchanged clone.
         mode: "merge" rewrites weights through the host's patches; "bypass" adds beside the forward and suits quantised,
-            offloaded and mixture-of-experts bases, batches and schedules; "auto" is bypass unless the model is compiled.
+            offloaded and mixture-of-experts bases, batches and schedules; "auto" is bypass, and merge where that cannot do
+            it: on compiled models, and for what of a LoRA cannot stand beside a layer.
         start, end: fractions of the sampling schedule between which the LoRA acts.
     Returns:
         the clone, and what matched.
@@ -82,15 +83,20 @@ def apply_lora(
     clone = model.clone()
     if strength == 0:
         return clone, matches
-    if mode == "auto":
-        mode = "merge" if _compiled(model) else "bypass"
-    if mode == "merge":
+    inside = mode == "merge" or (mode == "auto" and _compiled(model))
+    if inside:
         _check_mergeable(lora, start, end)
         _check_banks(matches.matched, model.model)
-        _merge(clone, matches.matched, lora.scale, strength)
+        _merge(clone, [_as_patch(found, lora.scale) for found in matches.matched], strength)
     else:
-        _bypass(clone, Applied(Bank(matches.matched, lora.scale), strength, start, end, uuid.uuid4()))
-    logging.info("HY-WU: %s (%s).", matches, mode)
+        _check_beside(matches, mode, start, end)
+        if matches.matched:
+            _bypass(clone, Applied(Bank(matches.matched, lora.scale), strength, start, end, uuid.uuid4()))
+    if matches.patches:
+        _check_mergeable(lora, start, end)
+        _merge(clone, [patch for _, patches in matches.patches for patch in patches], strength)
+    matches = matches._replace(how=_how(matches, inside))
+    logging.log(logging.WARNING if matches.missing else logging.INFO, "HY-WU: %s (%s).", matches, matches.how)
     return clone, matches
 
 
@@ -186,21 +192,53 @@ def _bypass(clone: comfy.model_patcher.ModelPatcher, applied: Applied) -> None:
     clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), patcher])
 
 
-def _merge(clone: comfy.model_patcher.ModelPatcher, matched: tuple[Match, ...], scale: float, strength: float) -> None:
-    patches = {}
-    for found in matched:
-        down, up = found.pair.down[0], found.pair.up[0]
-        alpha = float(
-            torch.tensor(scale * found.pair.rank)
-        )  # rounded as in a LoRA file, so that both give the same bits
-        adapter = ExpertLoraAdapter if found.pair.grouped else comfy.weight_adapter.LoRAAdapter
-        rows_axis = 1 if found.pair.grouped else 0
-        key = found.key if found.length is None else (found.key, (rows_axis, found.start, found.length))
-        patches[key] = adapter(set(), (up, down, alpha, None, None, None))
-    accepted = clone.add_patches(patches, strength)
-    if len(accepted) != len(patches):
-        refused = sorted(str(key) for key in patches.keys() - set(accepted))
-        raise MatchError(f"This model keeps no weight that can be merged into at {refused[0]}. Use the mode bypass.")
+def _how(matches: Matches, inside: bool) -> str:
+    if inside:
+        return "merge"
+    return f"bypass; merged: {matches.kinds}" if matches.patches else "bypass"
+
+
+def _as_patch(found: Match, scale: float) -> Patch:
+    adapter = as_adapter(found.pair, scale)
+    if found.pair.grouped:
+        adapter = ExpertLoraAdapter(set(), adapter.weights)
+    rows_axis = 1 if found.pair.grouped else 0
+    key = found.key if found.length is None else (found.key, (rows_axis, found.start, found.length))
+    return Patch(key, adapter, "LoRA")
+
+
+def _merge(clone: comfy.model_patcher.ModelPatcher, patches: Sequence[Patch], strength: float) -> None:
+    """Hand patches to the host, which takes one for each key at a time: two names may stand for one weight."""
+    rounds: list[dict[Any, Patch]] = []
+    for patch in patches:
+        free = next((r for r in rounds if patch.key not in r and _strength_of(r) == patch.strength), None)
+        if free is None:
+            rounds.append(free := {})
+        free[patch.key] = patch
+    for keys in rounds:
+        accepted = clone.add_patches({key: patch.value for key, patch in keys.items()}, strength * _strength_of(keys))
+        if len(accepted) != len(keys):
+            refused = sorted(str(key) for key in keys.keys() - set(accepted))
+            raise MatchError(
+                f"This model keeps no weight that can be merged into at {refused[0]}. Use the mode bypass."
+            )
+
+
+def _strength_of(patches: dict[Any, Patch]) -> float:
+    return next(iter(patches.values())).strength
+
+
+def _check_beside(matches: Matches, mode: Mode, start: float, end: float) -> None:
+    """What acts on a weight as a whole cannot stand beside its layer, and cannot be taken out for a part of the sampling."""
+    if not matches.patches:
+        return
+    remedy = "Use the mode merge or auto, or ComfyUI's own LoRA loader."
+    if start > 0 or end < 1:
+        raise MatchError(
+            f"This LoRA has {matches.kinds}, which is in the weights for the whole schedule. Let it act from 0 to 1. {remedy}"
+        )
+    if mode == "bypass":
+        raise MatchError(f"This LoRA has {matches.kinds}, which cannot stand beside a layer. {remedy}")
 
 
 def _check_mergeable(lora: InstanceLora, start: float, end: float) -> None:
@@ -217,9 +255,11 @@ def _check_mergeable(lora: InstanceLora, start: float, end: float) -> None:
 def _check_banks(matched: tuple[Match, ...], base: torch.nn.Module) -> None:
     """A quantised bank of experts takes no patch in the host, and another pack's bank may not look at it."""
     for found in matched:
+        if not found.pair.grouped:
+            continue
         theirs = found.module.rpartition(".")[2] in FOREIGN_BANKS.values()
         weight = base.diffusion_model.get_submodule(found.module).weight
-        if found.pair.grouped and (theirs or isinstance(weight, QuantizedTensor)):
+        if theirs or isinstance(weight, QuantizedTensor):
             raise MatchError(
                 f"{found.module} of this model is a {'foreign' if theirs else 'quantised'} bank of experts, which no LoRA "
                 "can be merged into. Use the mode bypass: it acts beside the weights, whatever they are stored as."
