@@ -224,7 +224,7 @@ def readers(folder: Path) -> list[Reader]:
                 {
                     "steps": 20,
                     "betas": [0.9, 0.95],
-                    "pocket": True,
+                    "pairs": "x",
                     "size": 32,
                     "regime": "told",
                     "text_encoders": ["a"],
@@ -239,10 +239,9 @@ def readers(folder: Path) -> list[Reader]:
         Reader(
             "base folder",
             (base,),
-            lambda chance, value: (
-                json_text(chance, value) if chance.random() < 0.02 else b"{"
-            ),  # a model is built: slow
+            json_text,
             written(folder / "base" / "config.json", lambda: inspect_base(folder / "base")),
+            0.2,
         ),
         Reader("system prompt, source", (PROMPT,), damage_bytes, read_prompt("system_prompt.py")),
         Reader("system prompt, text", (b"You edit images.\n",), damage_bytes, read_prompt("system_prompt.txt")),
