@@ -283,6 +283,8 @@ def run(executions: int, seed: int, seconds: float, keep: Path | None = None, on
         escapes: Counter[Escape] = Counter()
         total, left = sum(reader.share for reader in chosen), executions
         for number, reader in enumerate(chosen):
+            for given in reader.inputs:  # what is whole must be read, or nothing behind its first check would be tried
+                reader.read(json.dumps(given).encode() if reader.damage is json_text else given)
             share = left if number == len(chosen) - 1 else round(executions * reader.share / total)
             left -= share
             escapes += _run_reader(reader, share, random.Random(f"{seed} {reader.name}"), seconds, keep)
@@ -296,8 +298,6 @@ def run(executions: int, seed: int, seconds: float, keep: Path | None = None, on
 def _run_reader(
     reader: Reader, executions: int, chance: random.Random, seconds: float, keep: Path | None
 ) -> Counter[Escape]:
-    for given in reader.inputs:  # what is whole must be read, or nothing behind its first check would be tried
-        reader.read(json.dumps(given).encode() if reader.damage is json_text else given)
     counts, escapes, smallest = Counter(), Counter(), {}
     start, slowest = time.monotonic(), 0.0
     for _ in range(executions):
