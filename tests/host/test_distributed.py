@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hywu_core import Generator, load_generator
 from hywu_core.bases import pocket
-from hywu_core.errors import CheckpointError, ConfigError, HywuError, MatchError
+from hywu_core.errors import CheckpointError, ConfigError, HywuError
 from hywu_core.host.model import StackError
 from hywu_core.host.training import base_files
 from hywu_core.host.training.in_script import GENERATOR, train_on_folder
@@ -248,7 +248,7 @@ def test_the_hosts_own_vae_without_a_file(tmp_path):
     torch.testing.assert_close(found.float(), pixels.movedim(-1, 1) * 2 - 1, atol=1e-2, rtol=0)
 
 
-def test_a_quantised_base_is_refused(tmp_path, flux_files):
+def test_a_quantised_base_gets_a_new_generator_and_is_trained_on(tmp_path, flux_files):
     folder_of_pairs(tmp_path / "pairs")
     state = load_file(flux_files["model"])
     for name in [name for name in state if name.endswith("img_attn.proj.weight")]:
@@ -257,8 +257,8 @@ def test_a_quantised_base_is_refused(tmp_path, flux_files):
         text = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
         state[name.replace(".weight", ".comfy_quant")] = text
     save_file(state, flux_files["model"])
-    with pytest.raises(MatchError, match="is quantised"):
-        run(tmp_path, **flux_files)
+    trained = load_generator(run(tmp_path, **flux_files, rank=4))
+    assert list(trained.config.pg_mapping) == ["img_attn.qkv", "img_attn.proj"]
 
 
 @pytest.mark.parametrize(

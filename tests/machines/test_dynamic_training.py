@@ -1,5 +1,7 @@
 """Training where the host streams weights through buffers that it uses again: gradients are those of a base that stays."""
 
+from contextlib import nullcontext
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -98,9 +100,19 @@ def streamed(model):
     return found
 
 
-def test_a_base_that_streams_gives_other_gradients(streaming, expected, monkeypatch):
+@pytest.mark.parametrize("stack", [None, "all"])
+def test_weights_that_come_and_go_are_fetched_again_for_the_backward_pass(streaming, expected, monkeypatch, stack):
+    monkeypatch.setattr(objective, "differentiable_base", lambda patcher: patcher)
+    losses, found = gradients(streaming(), stack)
+    torch.testing.assert_close(losses, expected[0], rtol=1e-4, atol=1e-5)
+    for one, other in zip(found, expected[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_are_remembered_are_others_by_then(streaming, expected, monkeypatch):
     """Or this machine would show nothing."""
     monkeypatch.setattr(objective, "differentiable_base", lambda patcher: patcher)
+    monkeypatch.setattr(objective, "frozen", lambda patcher: nullcontext())
     losses, found = gradients(streaming())
     torch.testing.assert_close(losses, expected[0], rtol=1e-4, atol=1e-5)
     assert any(

@@ -23,7 +23,8 @@ from .. import memory
 from ..lora import charts
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
-from .objective import DiffusionObjective, refuse_quantised
+from .frozen import refuse_untrainable
+from .objective import DiffusionObjective
 from .pairs_of_lists import HostPairs, host_pairs
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the sampling, noise at its start
@@ -63,7 +64,7 @@ def evaluate_generator(
         PairError, ConditionError: see `host_pairs`. MatchError: see `DiffusionObjective`.
     """
     check_fits(model.model, handle.config)
-    refuse_quantised(model.model)  # before all conditions are computed
+    refuse_untrainable(model.model)  # before all conditions are computed
     pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
     found = evaluate(DiffusionObjective(model), handle, pairs, seed)
     means = {name: values.mean(0).tolist() for name, values in found.losses.items()}

@@ -19,8 +19,8 @@ from .. import memory
 from ..memory import GeneratorHandle
 from ..new_generator import generator_config
 from . import base_files
+from .frozen import refuse_untrainable
 from .identity import digest
-from .objective import refuse_quantised
 from .pairs_of_folder import EncodedPairs, Encoders, Pair, Reading, hold_out, read_pairs
 from .session import RECENT, Front, Progress, Session, StoppedError, Task
 
@@ -133,7 +133,7 @@ class PairsOfFolder:
     """
 
     def __init__(self, run: RunConfig, base: Base):
-        refuse_quantised(base.model.model)  # before hours of encoding
+        refuse_untrainable(base.model.model)  # before hours of encoding
         pairs, held_out = _read(run)
         reading = Reading(run.side, run.regime, run.text_sees_source, run.guidance, run.background)
         encoders = base_files.fingerprint(base.files)

@@ -25,7 +25,7 @@ from ...training import SessionOptions, TrainConfig
 from .. import folders, streaming
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
-from .objective import refuse_quantised
+from .frozen import refuse_untrainable
 from .pairs_of_lists import HostPairs, host_pairs
 from .previews import contact_sheet
 from .session import Front, Progress, Session, Task
@@ -70,7 +70,7 @@ def train_on_lists(
     folder = run_folder(name)
     check_fits(model.model, handle.config)
     # before all conditions are computed
-    refuse_quantised(model.model)
+    refuse_untrainable(model.model)
     with torch.inference_mode(False), torch.enable_grad():
         pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
         identity = {**pairs.identity(), "held_out": held_out}

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.quant_ops
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -28,6 +27,9 @@ from ..lora.bank import Adapter
 from ..lora.matching import match
 from ..model import find_stacks
 from .carried import Carried
+from .frozen import frozen, refuse_untrainable
+
+WITH_BACKWARD = 3  # times what the host reckons with for a pass without one
 
 
 class GraphFactor:
@@ -63,7 +65,7 @@ class DiffusionObjective:
         train_base: train the base's own parameters (full fine-tuning); else gradients reach the LoRA only. The caller owns
             the base then, and nobody else may use it.
     Raises:
-        MatchError: if the base is quantised, so that no gradient can pass through it, or carries what cannot act.
+        MatchError: if no gradient can pass through a part of the base, or it carries what cannot act.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class DiffusionObjective:
         self.given = patcher
         self.patcher = differentiable_base(patcher)
         self.train_base = train_base
-        refuse_quantised(self.base)
+        refuse_untrainable(self.base)
         self.carried = Carried(patcher, self.patcher)
         self.banks = self.carried.banks(self.patcher)
         self.checkpoint_stack = self._stacks_to_recompute(checkpoint_stack)
@@ -92,7 +94,11 @@ class DiffusionObjective:
 
     def prepare(self) -> None:
         """Have the host load the base. Call once before a run, and again after others used the memory."""
-        comfy.model_management.load_models_gpu(self.patchers, force_full_load=True)
+        comfy.model_management.load_models_gpu(self.patchers, force_full_load=self.train_base)
+
+    def room(self, sample: Sample, count: int) -> int:
+        """Bytes that a pass of `count` such samples is thought to need beside the weights, backward included."""
+        return WITH_BACKWARD * int(self.base.memory_required((count, *sample.latent.shape)))
 
     def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
         """See `hywu_core.training.trainer.Objective`."""
@@ -187,6 +193,8 @@ class DiffusionObjective:
         try:
             with ExitStack() as undo:
                 undo.enter_context(requiring_gradients(self.base.diffusion_model, self.train_base))
+                if not self.train_base:
+                    undo.enter_context(frozen(self.patcher))
                 undo.enter_context(wrapped_forwards(self.base.diffusion_model, adapters))
                 undo.enter_context(safe_in_place(self.base.diffusion_model))
                 for stack in self.checkpoint_stack:
@@ -308,16 +316,3 @@ def _shapes(sample: Sample) -> tuple:
     tokens, options = sample.conditioning[0], sample.conditioning[1]
     references = tuple(tuple(latent.shape) for latent in options.get("reference_latents", ()))
     return tuple(sample.latent.shape), tuple(tokens.shape), references
-
-
-def refuse_quantised(base: Any) -> None:
-    """Raises:
-    MatchError: if the base is quantised, so that no gradient can pass through it.
-    """
-    for name, parameter in base.diffusion_model.named_parameters():
-        narrow = not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2
-        if narrow or isinstance(parameter.data, comfy.quant_ops.QuantizedTensor):  # those claim the type they stand for
-            raise MatchError(
-                f"{name} is quantised ({parameter.dtype}), and no gradient passes through it. Train on a float32, "
-                "bfloat16 or float16 version of this base; the generator can then be used with the quantised one."
-            )

@@ -34,6 +34,7 @@ from ...training import (
     Trainer,
 )
 from ...training.log import STATE
+from ...training.memory import graph_bytes
 from ...training.options import PRECISIONS
 from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss
@@ -135,8 +136,9 @@ class Session:
         self.generator.checkpoint_blocks = options.checkpoint_generator
         self.patcher = memory.manage_training(self.generator)
         goes_on = self.main and claim(folder, self._identity(config), options)
-        self.load(task.pairs.sample(0, torch.Generator()), config)
         trainable = GeneratorTrainable(self.generator, PRECISIONS[options.precision])
+        self._room = self._needed(trainable, config, task.pairs.sample(0, torch.Generator()))
+        self.load()
         self.trainer = Trainer(trainable, self.objective, task.pairs, config, communication, front.check)
         self.log: RunLog | None = None
         if goes_on:
@@ -146,15 +148,9 @@ class Session:
         self._held_out: tuple[float, float] | None = None
         self._began: tuple[float, int] | None = None
 
-    def load(self, sample: Sample | None = None, config: TrainConfig | None = None) -> None:
-        """Have the host load base and generator; for a first time with room for what training needs beside them."""
-        room = 0
-        if sample is not None:
-            size = config.micro_batch or config.batch
-            weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
-            room = COPIES * weights + self.objective.base.memory_required((size, *sample.latent.shape))
-        patchers = [*self.objective.patchers, self.patcher]
-        comfy.model_management.load_models_gpu(patchers, memory_required=room, force_full_load=True)
+    def load(self) -> None:
+        """Have the host load generator and base, with room for what training needs beside them. The base may be offloaded."""
+        comfy.model_management.load_models_gpu([self.patcher, *self.objective.patchers], memory_required=self._room)
 
     def run(self) -> None:
         """All steps that are left. Whatever ends it early, state and generator of the last whole step are kept.
@@ -226,6 +222,14 @@ class Session:
         gc.collect()
         comfy.model_management.cleanup_models_gc()
         comfy.model_management.soft_empty_cache()
+
+    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, sample: Sample) -> int:
+        size = config.micro_batch or config.batch
+        weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
+        length = sample.condition.shape[0]
+        graph = graph_bytes(self.generator.config, length, trainable.dtype, self.generator.checkpoint_blocks)
+        graphs = graph * min(config.batch, trainable.graphs_at_once([sample]))
+        return COPIES * weights + graphs + self.objective.room(sample, size)
 
     def _identity(self, config: TrainConfig) -> Mapping[str, Any]:
         task = self.task
