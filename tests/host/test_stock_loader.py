@@ -519,6 +519,17 @@ def test_a_base_respells_what_is_no_pair_and_leaves_out_what_it_does_not_have(ca
     assert sum("left out of a loaded LoRA: matched 2/3" in record.message for record in caplog.records) == 1
 
 
+def test_a_bias_that_the_host_cannot_place_is_named_and_its_pair_acts():
+    """The host's table has slices of fused weights, but not of their biases."""
+    model = model_of("flux_double")
+    state = with_bias("transformer.transformer_blocks.0.attn.to_q", (32, 32))
+    lora = foreign.read(state)
+    merged, matches = apply_lora(model, lora, STRENGTH, "merge")
+    assert matches.missing == ("transformer.transformer_blocks.0.attn.to_q (bias difference)",)
+    same_change(model, merged, stock(model, state))
+    assert canonical(lora, model.model).names == ("double_blocks.0.img_attn.qkv[0:32/96]",)
+
+
 def test_banks_of_experts_are_said_to_be_ignored_by_the_host(caplog):
     """Its loader has no key for a part of a bank; what it loads is the rest."""
     bank = LoraFactor(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 6, 4))

@@ -103,8 +103,7 @@ def match(lora: InstanceLora, base: Any) -> Matches:
             kept = tuple(patch for patch in those if layers.has(patch.key))
             if kept:
                 patches.append((name, kept))
-            if not kept or len(kept) < len(those):
-                missing.append(f"{name} (a part of it)" if kept else name)
+            missing += [f"{name} ({patch.kind})" for patch in those if patch not in kept] if those else [name]
     matches = Matches(
         tuple(matched),
         tuple(name for name in missing if not of_text_encoder(name)),
@@ -128,9 +127,9 @@ def canonical(lora: InstanceLora, base: Any) -> InstanceLora:
     pairs: dict[str, list[LoraFactor]] = {}
     foreign = set()
     for name, pair in _with_banks(lora, layers).items():
-        if name in matches.missing:
-            continue
         found = layers.find(name, pair, lora.scale)
+        if found is None and not of_text_encoder(name):
+            continue
         own = layers.own_name(found)
         foreign |= {name} if own is None and name in lora.foreign else set()
         pairs.setdefault(own or name, []).append(found.pair if isinstance(found, Match) else pair)
