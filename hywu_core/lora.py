@@ -212,7 +212,12 @@ def inner(a: LoraFactor, b: LoraFactor) -> Tensor:
 
 
 def norms(lora: InstanceLora) -> dict[str, Tensor]:
-    """The Frobenius norm of every dW (scale included): {name: (B,)}, experts of a bank taken together."""
+    """The Frobenius norm of every dW (scale included): {name: (B,)}, experts of a bank taken together.
+
+    Raises:
+        LoraError: if the LoRA has no factor pairs.
+    """
+    _check_any_pairs(lora)
     return {
         name: lora.scale * _over_experts(inner(pair, pair)).clamp(min=0).sqrt() for name, pair in lora.factors.items()
     }
@@ -232,7 +237,8 @@ def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] 
     Args:
         progress: called with (done, total) after every target; what it raises ends the work.
     Raises:
-        LoraError: if they have not the same targets of the same shapes, or batches that differ and are not 1.
+        LoraError: if one has no pairs, or they have not the same targets of the same shapes, or batches that differ and are
+            not 1.
     """
     _check_alike(loras)
     count, names = len(loras), loras[0].names
@@ -260,12 +266,15 @@ def _exact(factor: Tensor) -> Tensor:
 
 def _check_alike(loras: Sequence[InstanceLora]) -> None:
     first = loras[0]
+    for lora in loras:
+        _check_any_pairs(lora)
     for number, lora in enumerate(loras[1:], 2):
         if set(lora.names) != set(first.names):
             apart = sorted(set(lora.names) ^ set(first.names))
+            remedy = " Wire the base into Load Instance LoRA, so that all have its names."
             raise LoraError(
-                "Only LoRAs of the same targets can be compared: of the first and number "
-                f"{number}, only one has {apart[0]} ({len(apart)} such targets)."
+                f"Only LoRAs of the same targets can be compared: of the first and number {number}, only one has {apart[0]} "
+                f"({len(apart)} such targets).{remedy if first.foreign or lora.foreign else ''}"
             )
         mine = dict(zip(first.names, first.pairs, strict=True))
         for name, pair in zip(lora.names, lora.pairs, strict=True):
@@ -276,6 +285,12 @@ def _check_alike(loras: Sequence[InstanceLora]) -> None:
         raise LoraError(
             f"LoRAs of {batches[0]} and of {batches[1]} instances cannot be compared; take equal numbers, or one."
         )
+
+
+def _check_any_pairs(lora: InstanceLora) -> None:
+    if not lora.pairs:
+        held = f"only {lora.parts[0].keys[0]} and the like" if lora.parts else "nothing"
+        raise LoraError(f"This LoRA holds {held}: no pairs of low-rank factors, which are what can be measured.")
 
 
 def _over_experts(values: Tensor) -> Tensor:

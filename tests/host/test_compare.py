@@ -171,6 +171,10 @@ def test_numbers_that_are_not_finite_are_shown_and_named(loras):
         store.blend_from_text([bad, loras[1]], "", max_rank=2)
 
 
-def test_a_lora_without_pairs_has_an_empty_picture():
-    image, table = charts.norms_by_layer(InstanceLora({}))
-    assert image.ndim == 4 and torch.isfinite(image).all() and len(table.splitlines()) == 1
+def test_a_lora_without_pairs_is_named(loras):
+    for work in (
+        lambda: charts.norms_by_layer(InstanceLora({})),
+        lambda: charts.cosines_of([loras[0], InstanceLora({})]),
+    ):
+        with pytest.raises(LoraError, match="This LoRA holds nothing: no pairs of low-rank factors"):
+            work()

@@ -149,7 +149,7 @@ def _table(cells: Cells, rows: Sequence[str], columns: Sequence[str], title: str
 
 def _fewer(names: Sequence[str], most: int) -> tuple[list[str], int]:
     """Names for at most so many rows or columns, and how many neighbours share one."""
-    share = max(1, -(-len(names) // most))
+    share = -(-len(names) // most)
     parts = [names[start : start + share] for start in range(0, len(names), share)]
     return [_short(part[0]) + (f" +{len(part) - 1}" if len(part) > 1 else "") for part in parts], share
 
@@ -174,7 +174,7 @@ def _heat_map(
     (rows, down), (columns, across) = _fewer(rows, MOST[0]), _fewer(columns, MOST[1])
     if down * across > 1:
         cells, title = _shared(cells, down, across), f"{title}; means of {down} x {across} cells, all are in the table"
-    left = MARGIN + int(max((font.getlength(row) for row in rows), default=0)) + MARGIN
+    left = MARGIN + int(max(font.getlength(row) for row in rows)) + MARGIN
     top = MARGIN + LINE * (3 + len(columns))
     middles = [left + CELL * c + CELL // 2 for c in range(len(columns))]
     ends = [x + 4 + int(font.getlength(name)) for x, name in zip(middles, columns, strict=True)]
