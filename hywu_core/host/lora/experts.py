@@ -6,7 +6,7 @@ Letters: B batch · L length · E experts · k experts per token · rows = B * L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,41 @@ import torch
 import torch.nn.functional as F
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
+
+
+class ForeignMixture(NamedTuple):
+    """How another pack keeps a mixture of experts whose banks a base of ours has below `experts`. Its banks are never called,
+    so a mixture of ours runs in its place while a LoRA acts.
+    """
+
+    # name below `experts` -> name beside the router
+    banks: Mapping[str, str]
+    # their mixture -> one of ours over its modules, with the banks below `experts`
+    borrow: Callable[[nn.Module], nn.Module]
+
+
+_foreign: list[ForeignMixture] = []
+
+
+def register_foreign(mixture: ForeignMixture) -> None:
+    """Called once by the base that knows it."""
+    _foreign.append(mixture)
+
+
+def other_place(path: str) -> str:
+    """Where another pack keeps the bank at a path of ours; the same path if nobody does."""
+    mixture, _, bank = path.rpartition(".experts.")
+    return next((f"{mixture}.{known.banks[bank]}" for known in _foreign if bank in known.banks), path)
+
+
+def foreign_bank(path: str) -> tuple[ForeignMixture, str] | None:
+    """Of another pack's bank: whose it is, and its name below our `experts`."""
+    name = path.rpartition(".")[2]
+    for known in _foreign:
+        for ours, theirs in known.banks.items():
+            if theirs == name:
+                return known, ours
+    return None
 
 
 class Routing(NamedTuple):
