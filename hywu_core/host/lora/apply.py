@@ -55,6 +55,21 @@ class Applied(NamedTuple):
         return model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start)
 
 
+class Acting:
+    """Which LoRAs act in a model call, and how strongly: what a base that keeps results from call to call has to compare. No
+    tuple, because a compiled graph would be made anew for another one.
+    """
+
+    def __init__(self, loras: tuple[Applied, ...]):
+        self._loras = tuple((lora.identity, lora.strength) for lora in loras)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Acting) and self._loras == other._loras
+
+    def __hash__(self) -> int:
+        return hash(self._loras)
+
+
 def apply_lora(
     model: comfy.model_patcher.ModelPatcher,
     lora: InstanceLora,
@@ -117,7 +132,7 @@ class BypassWrapper:
         """See the host's BaseModel.apply_model. The base learns from transformer_options["hywu"] what acts on it."""
         base = executor.class_obj
         acting = tuple(lora for lora in self.loras if lora.acts(base.model_sampling, t))
-        options = {**(transformer_options or {}), KEY: tuple((lora.identity, lora.strength) for lora in acting)}
+        options = {**(transformer_options or {}), KEY: Acting(acting)}
         parts = _parts(acting, getattr(base, "current_patcher", None))
         with blocks_not_replayed(), _running(base.diffusion_model, parts, self._besides) as besides:
             result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

@@ -52,16 +52,14 @@ class Beside:
         """Let go of the module and of the adapters."""
         self.forward, self.parts = None, []
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._add(self.forward(x, *args, **kwargs), x, *args[:1])
-
-    # The host brings the factors to the device, which no graph can hold; and a graph that held them would be made anew for
-    # another rank, another number of LoRAs, or a step at which one of them rests.
+    # A graph cannot hold how the host brings factors to the device; and one that held them would be made anew for another
+    # rank, another number of LoRAs, or a step at which one of them rests.
     @torch.compiler.disable
-    def _add(self, y: Tensor, x: Tensor, routing: Any = None) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.ran = True
+        y = self.forward(x, *args, **kwargs)
         for adapter, strength in self.parts:
-            y = adapter.add_to(y, x, strength, routing)
+            y = adapter.add_to(y, x, strength, *args[:1])
         return y
 
 
