@@ -1,6 +1,6 @@
 """Dynamic VRAM as the host's main.py turns it on for a default NVIDIA install, with comfy-aimdo played.
 
-comfy-aimdo needs an NVIDIA driver. What the host uses of it is small: mapped files, growing host buffers, and address space on
+comfy-aimdo needs an NVIDIA driver. What the host uses of it is small: mapped files, growing host buffers, address space on
 the device (a VBAR) whose pages come when they are asked for and may be taken away. All of it is here, in ordinary memory.
 """
 
