@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-NAME = "played"
-_setup_privateuseone_for_python_backend(NAME)
+NAME = "privateuseone"  # what DirectML calls its devices, too
+_setup_privateuseone_for_python_backend()
 DEVICE = torch.device(NAME, 0)
 
 aten = torch.ops.aten
@@ -34,7 +34,12 @@ class Elsewhere(torch.Tensor):
     @staticmethod
     def __new__(cls, here):
         return torch.Tensor._make_wrapper_subclass(
-            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype, device=DEVICE
+            cls,
+            here.shape,
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=DEVICE,
         )
 
     def __init__(self, here):
@@ -64,20 +69,11 @@ class Machine(TorchDispatchMode):
         super().__init__()
         self.lacks, self.counts = frozenset(lacks), Counter()
 
-    def __enter__(self):
-        Machine.active = self
-        self._numbers = ExitStack()
-        for name in ("tensor", "as_tensor"):
-            self._numbers.enter_context(mock.patch.object(torch, name, _numbers_first(getattr(torch, name))))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        Machine.active = None
-        self._numbers.close()
-        return super().__exit__(*error)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, torch.Tensor) and kind not in (torch.Tensor, torch.nn.Parameter, Elsewhere) for kind in types):
+        if any(
+            issubclass(kind, torch.Tensor) and kind not in (torch.Tensor, torch.nn.Parameter, Elsewhere)
+            for kind in types
+        ):
             return NotImplemented  # a wrapper of its own, such as the host's quantised tensors, takes itself apart
         if torch.is_inference_mode_enabled() and _is_composite(func):
             with self:
@@ -163,9 +159,16 @@ def _count(func, args, asked, tensors, elsewhere):
         return
     here = len(elsewhere) < len(tensors)
     if func in COPIES:
-        to_device = asked is not None and asked.type == NAME if func is aten._to_copy.default else isinstance(args[0], Elsewhere)
-        leaves = func is aten._to_copy.default and asked is not None and asked.type != NAME or (
-            func is aten.copy_.default and not isinstance(args[0], Elsewhere)
+        to_device = (
+            asked is not None and asked.type == NAME
+            if func is aten._to_copy.default
+            else isinstance(args[0], Elsewhere)
+        )
+        leaves = (
+            func is aten._to_copy.default
+            and asked is not None
+            and asked.type != NAME
+            or (func is aten.copy_.default and not isinstance(args[0], Elsewhere))
         )
         machine.counts["to_device"] += to_device and here
         machine.counts["to_host"] += leaves
@@ -208,6 +211,9 @@ def host_on(machine: Machine, fp16_first: bool = False, room: int = 1 << 34):
     with ExitStack() as stack:
         for name, value in played:
             stack.enter_context(mock.patch.object(management, name, value))
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(mock.patch.object(torch, name, _numbers_first(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(Machine, "active", machine))
         stack.enter_context(machine)
         try:
             yield machine
