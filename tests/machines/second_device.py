@@ -1,8 +1,8 @@
 """A second device that is not the CPU, played with real numbers.
 
-Its tensors keep their numbers in ordinary memory, but they say that they are elsewhere, and torch treats them so: an operation
-on tensors of both devices fails as on a GPU, copies and synchronisations are counted, and dtypes that a kind of device lacks
-are refused.
+Its tensors keep their numbers in ordinary memory, but they say that they are elsewhere, and torch treats them so: an
+operation on tensors of both devices fails as on a GPU, copies and synchronisations are counted, and dtypes that a kind of
+device lacks are refused.
 """
 
 from collections import Counter
@@ -53,7 +53,10 @@ class Elsewhere(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return _run(func, args, kwargs or {}) if OURS.issuperset(types) else NotImplemented
+
+
+OURS = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, Elsewhere}
 
 
 class Machine(TorchDispatchMode):
@@ -70,10 +73,7 @@ class Machine(TorchDispatchMode):
         self.lacks, self.counts = frozenset(lacks), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(
-            issubclass(kind, torch.Tensor) and kind not in (torch.Tensor, torch.nn.Parameter, Elsewhere)
-            for kind in types
-        ):
+        if not OURS.issuperset(types):
             return NotImplemented  # a wrapper of its own, such as the host's quantised tensors, takes itself apart
         if torch.is_inference_mode_enabled() and _is_composite(func):
             with self:
@@ -113,7 +113,7 @@ def _run(func, args, kwargs):
     if func is aten._has_compatible_shallow_copy_type.default:
         return False
     _check(func, args, tensors, elsewhere)
-    _count(func, args, asked, tensors, elsewhere)
+    _count(func, args, asked)
     args_here, kwargs_here = tree_map(to_host, (args, kwargs))
     if asked is not None:
         kwargs_here["device"] = torch.device("cpu")
@@ -153,26 +153,16 @@ def _check(func, args, tensors, elsewhere):
         raise RuntimeError(f"{func}: expected all tensors on the same device, but found {DEVICE} and cpu {shapes}.")
 
 
-def _count(func, args, asked, tensors, elsewhere):
+def _count(func, args, asked):
     machine = Machine.active
     if machine is None:
         return
-    here = len(elsewhere) < len(tensors)
     if func in COPIES:
-        to_device = (
-            asked is not None and asked.type == NAME
-            if func is aten._to_copy.default
-            else isinstance(args[0], Elsewhere)
-        )
-        leaves = (
-            func is aten._to_copy.default
-            and asked is not None
-            and asked.type != NAME
-            or (func is aten.copy_.default and not isinstance(args[0], Elsewhere))
-        )
-        machine.counts["to_device"] += to_device and here
-        machine.counts["to_host"] += leaves
-        machine.counts["waits"] += leaves
+        target = asked.type == NAME if asked is not None else isinstance(args[0], Elsewhere)
+        source = isinstance(args[1] if func is aten.copy_.default else args[0], Elsewhere)
+        machine.counts["to_device"] += target and not source
+        machine.counts["to_host"] += source and not target
+        machine.counts["waits"] += source and not target
     elif func in INDEXING:
         flat = tree_leaves(args[1])
         machine.counts["to_device"] += sum(isinstance(i, torch.Tensor) and not isinstance(i, Elsewhere) for i in flat)
@@ -202,17 +192,20 @@ def host_on(machine: Machine, fp16_first: bool = False, room: int = 1 << 34):
         ("should_use_fp16", lambda *args, **options: fp16_first),
         ("should_use_bf16", lambda *args, **options: torch.bfloat16 not in machine.lacks),
         ("supports_fp8_compute", lambda device=None: False),
+        ("is_directml_enabled", lambda: torch.float64 in machine.lacks),
         ("is_nvidia", lambda: False),
         ("is_amd", lambda: False),
         ("extra_reserved_memory", lambda: 0),
         ("synchronize", lambda: None),
         ("soft_empty_cache", lambda force=False: None),
     ]
+    generator = torch.Generator
     with ExitStack() as stack:
         for name, value in played:
             stack.enter_context(mock.patch.object(management, name, value))
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, _numbers_first(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(torch, "Generator", lambda device=None: generator()))
         stack.enter_context(mock.patch.object(Machine, "active", machine))
         stack.enter_context(machine)
         try:

@@ -20,11 +20,9 @@ AGAIN = (
     "tests/host/test_generators.py",
     "tests/host/test_pocket.py",
     "tests/host/test_apply.py",
-    "tests/host/test_apply_experts.py",
     "tests/host/test_hunyuan_files.py",
     "tests/host/test_hunyuan_foreign.py",
     "tests/host/test_hunyuan_reference.py",
-    "tests/host/test_hunyuan_runs.py",
 )
 LEFT_OUT = (
     # the offload of the plain patcher

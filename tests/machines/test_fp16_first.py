@@ -1,4 +1,6 @@
-"""A device on which the host would rather compute in float16, as on NVIDIA cards: what was trained in bfloat16 overflows there."""
+"""A device on which the host would rather compute in float16, as on NVIDIA cards: what was trained in bfloat16
+overflows there.
+"""
 
 import hunyuan_tiny as tiny
 import pytest
