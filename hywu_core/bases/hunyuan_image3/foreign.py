@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.ops
 import torch
 from torch import Tensor, nn
 
@@ -61,9 +60,10 @@ def borrow_mixture(mlp: nn.Module) -> MixtureOfExperts:
 def borrow_decoder(theirs: nn.Module, config: BaseConfig) -> HunyuanImage3 | None:
     """Our decoder over somebody's modules, or None if their tree is another.
 
-    What they lack of OPTIONAL is left out: hidden states can be read, the next token cannot.
+    It is built of torch's own layers, which show which modules own weights: the host's may have none before they are
+    loaded. What they lack of OPTIONAL is left out: hidden states can be read, the next token cannot.
     """
-    ours = HunyuanImage3(config, getattr(theirs, "dtype", None), torch.device("meta"), comfy.ops.disable_weight_init)
+    ours = HunyuanImage3(config, getattr(theirs, "dtype", None), torch.device("meta"), nn)
     modules = dict(theirs.named_modules())
     for index, layer in enumerate(ours.model.layers):
         mlp = modules.get(f"model.layers.{index}.mlp")
