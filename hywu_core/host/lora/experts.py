@@ -112,13 +112,13 @@ class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
     @contextmanager
     def bank_resident(self, x: Tensor) -> Iterator[None]:
         """For the time of the block, the whole bank is where x is."""
-        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-        object.__setattr__(self, "_resident", weight)  # not as one more parameter of the module
-        try:
-            yield
-        finally:
-            self._resident = None
-            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        with _cast(self, x) as (weight, _):
+            # not as one more parameter of the module
+            object.__setattr__(self, "_resident", weight)
+            try:
+                yield
+            finally:
+                self._resident = None
 
     def expert_linear(self, x: Tensor, expert: int) -> Tensor:
         """x (rows, in) -> (rows, out) of one expert, inside `bank_resident`."""
@@ -129,10 +129,38 @@ class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
         return self.weight[expert]
 
 
+class QuantizedRows(Rows):
+    """Beside the host's own bank."""
+
+    @contextmanager
+    def bank_resident(self, x: Tensor) -> Iterator[None]:
+        """See the host's MoEExperts."""
+        with _cast(self, x) as self._resident_bank:
+            try:
+                yield
+            finally:
+                self._resident_bank = None
+
+
+@contextmanager
+def _cast(bank: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias on x's device. The host streams each through the head of a stream's buffer, and a layer uses two banks
+    at once: where there is only one stream, a bank comes into memory of its own.
+    """
+    if comfy.model_management.NUM_STREAMS == 1 and not hasattr(bank, "_v"):
+        yield comfy.ops.cast_bias_weight(bank, x)
+        return
+    weight, bias, stream = comfy.ops.cast_bias_weight(bank, x, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(bank, weight, bias, stream)
+
+
 def make_bank(operations: Any, num_experts: int, in_features: int, out_features: int, **factory: Any) -> nn.Module:
     """A bank of the host's own kind where its operations have one (quantised files), else a plain one."""
     hosts = getattr(operations, "MoEExperts", None)
-    kind = ExpertBank if hosts is None else type("QuantizedExpertBank", (Rows, hosts), {})
+    kind = ExpertBank if hosts is None else type("QuantizedExpertBank", (QuantizedRows, hosts), {})
     return kind(num_experts, in_features, out_features, bias=False, **factory)
 
 
