@@ -5,6 +5,7 @@ Letters: B batch · E experts · r rank. A factor pair changes its weight by sca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,11 +33,23 @@ class LoraFactor(NamedTuple):
         return self.down.ndim == 4
 
 
+class Part(NamedTuple):
+    """What of another tool's file is no pair of factors (DoRA, LoHa, bias differences ...), as it came. What it means is the
+    host's to say, once a MODEL is known.
+    """
+
+    keys: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    strength: float = 1.0
+
+
 class _Fields(NamedTuple):
     names: tuple[str, ...]
     pairs: tuple[LoraFactor, ...]
     scale: float
     metadata: Mapping[str, Any]
+    foreign: tuple[str, ...]
+    parts: tuple[Part, ...]
 
 
 class InstanceLora(_Fields):
@@ -49,6 +62,8 @@ class InstanceLora(_Fields):
         factors: {target name: LoraFactor}; a batch of 1 or one common batch.
         scale: multiplies every B.A.
         metadata: JSON-like provenance: base family, generator, instruction, ...
+        foreign: those of the names that are not module paths but another tool's, kept as its file spells them.
+        parts: what of another tool's file is no pair of factors.
     Raises:
         LoraError: if a pair's shapes do not fit together, or batches differ.
     """
@@ -56,17 +71,24 @@ class InstanceLora(_Fields):
     __slots__ = ()
 
     def __new__(
-        cls, factors: Mapping[str, LoraFactor], scale: float = 1.0, metadata: Mapping[str, Any] | None = None
+        cls,
+        factors: Mapping[str, LoraFactor],
+        scale: float = 1.0,
+        metadata: Mapping[str, Any] | None = None,
+        foreign: Sequence[str] = (),
+        parts: Sequence[Part] = (),
     ) -> InstanceLora:
         pairs = tuple(LoraFactor(*pair) for pair in factors.values())
         for name, pair in zip(factors, pairs, strict=True):
             _check_pair(name, pair)
         if len({pair.down.shape[0] for pair in pairs}) > 1:
             raise LoraError(f"The factors have different batch sizes: {sorted({p.down.shape[0] for p in pairs})}.")
-        return super().__new__(cls, tuple(factors), pairs, float(scale), MappingProxyType(dict(metadata or {})))
+        kept = tuple(name for name in factors if name in set(foreign))
+        provenance = MappingProxyType(dict(metadata or {}))
+        return super().__new__(cls, tuple(factors), pairs, float(scale), provenance, kept, tuple(parts))
 
     def __reduce__(self):
-        return type(self), (dict(self.factors), self.scale, dict(self.metadata))
+        return type(self), (dict(self.factors), self.scale, dict(self.metadata), self.foreign, self.parts)
 
     @property
     def factors(self) -> Mapping[str, LoraFactor]:
@@ -76,7 +98,7 @@ class InstanceLora(_Fields):
     @property
     def batch(self) -> int:
         """How many instances this holds."""
-        return self.pairs[0].down.shape[0] if self.pairs else 0
+        return self.pairs[0].down.shape[0] if self.pairs else len(self.parts[:1])
 
     @property
     def rank(self) -> int:
@@ -85,12 +107,15 @@ class InstanceLora(_Fields):
 
     @property
     def elements(self) -> int:
-        """Elements of all factors, the whole batch."""
-        return sum(pair.down.numel() + pair.up.numel() for pair in self.pairs)
+        """Elements of all factors, the whole batch, and of the other parts."""
+        others = sum(tensor.numel() for part in self.parts for tensor in part.tensors)
+        return sum(pair.down.numel() + pair.up.numel() for pair in self.pairs) + others
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> InstanceLora:
-        """The same LoRA elsewhere; shares storage where nothing changes."""
-        return self.map(lambda pair: LoraFactor(*(t.to(device=device, dtype=dtype) for t in pair)))
+        """The same LoRA elsewhere; shares storage where nothing changes. Parts of other tools keep their types."""
+        parts = [part._replace(tensors=tuple(t.to(device=device) for t in part.tensors)) for part in self.parts]
+        moved = self.map(lambda pair: LoraFactor(*(t.to(device=device, dtype=dtype) for t in pair)))
+        return moved.changed(parts=parts)
 
     def select(self, index: int) -> InstanceLora:
         """Instance `index` of the batch, as a batch of 1."""
@@ -101,34 +126,58 @@ class InstanceLora(_Fields):
 
     def scaled(self, strength: float) -> InstanceLora:
         """The same LoRA, `strength` times as strong."""
-        return InstanceLora(self.factors, self.scale * strength, self.metadata)
+        parts = [part._replace(strength=part.strength * strength) for part in self.parts]
+        return self.changed(scale=self.scale * strength, parts=parts)
 
     def with_metadata(self, **entries: Any) -> InstanceLora:
         """The same LoRA with entries added to its metadata."""
-        return InstanceLora(self.factors, self.scale, {**self.metadata, **entries})
+        return self.changed(metadata={**self.metadata, **entries})
 
     def map(self, change: Callable[[LoraFactor], LoraFactor]) -> InstanceLora:
         """The same LoRA with every factor pair changed by a function."""
-        return InstanceLora({n: change(p) for n, p in self.factors.items()}, self.scale, self.metadata)
+        return self.changed(factors={n: change(p) for n, p in self.factors.items()})
+
+    def changed(self, **fields: Any) -> InstanceLora:
+        """The same LoRA with some of its fields, called as they are when it is made, replaced."""
+        own = {name: getattr(self, name) for name in ("factors", "scale", "metadata", "foreign", "parts")}
+        return InstanceLora(**own | fields)
 
 
 def blend(loras: Sequence[InstanceLora], weights: Sequence[float]) -> InstanceLora:
     """The LoRA whose every dW is the weighted sum of the given ones' dW, exactly, by concatenating ranks.
 
     A target that only some of them have keeps what those contribute. Scales and weights are folded into the up factors, so
-    the result has scale 1.
+    the result has scale 1. What is no pair of factors keeps its own weight.
     """
     if not loras or len(loras) != len(weights):
         raise LoraError(f"Blending needs one weight for each LoRA, got {len(loras)} LoRAs and {len(weights)} weights.")
+    if not all(map(math.isfinite, weights)):
+        raise LoraError(f"The weights of a blend must be finite numbers, got {', '.join(map(str, weights))}.")
     batches = {lora.batch for lora in loras}
     if len(batches - {1}) > 1:
         raise LoraError(f"LoRAs of different batch sizes cannot be blended: {sorted(batches)}.")
-    parts: dict[str, list[LoraFactor]] = {}
-    for lora, weight in zip(loras, weights, strict=True):
+    weighted = [lora.scaled(weight) for lora, weight in zip(loras, weights, strict=True)]
+    pairs: dict[str, list[LoraFactor]] = {}
+    for lora in weighted:
         for name, pair in lora.factors.items():
-            parts.setdefault(name, []).append(LoraFactor(pair.down, pair.up * (lora.scale * weight)))
-    factors = {name: _concatenate(name, pairs, max(batches)) for name, pairs in parts.items()}
-    return InstanceLora(factors, 1.0, {"blend": [dict(lora.metadata) for lora in loras]})
+            pairs.setdefault(name, []).append(LoraFactor(wide(pair.down), times(pair.up, lora.scale)))
+    factors = {name: concatenate(name, those, max(batches)) for name, those in pairs.items()}
+    foreign = {name for lora in loras for name in lora.foreign}
+    paths = {name for lora in loras for name in lora.names if name not in lora.foreign}
+    parts = [part for lora in weighted for part in lora.parts if part.strength]
+    return InstanceLora(factors, 1.0, {"blend": [dict(lora.metadata) for lora in loras]}, [*foreign - paths], parts)
+
+
+def wide(factor: Tensor) -> Tensor:
+    """Factors of eight bits as bfloat16, which holds each of their values: nothing can be computed with them as they are."""
+    return factor.bfloat16() if factor.dtype.itemsize == 1 else factor
+
+
+def times(up: Tensor, scale: float) -> Tensor:
+    """An up factor times a scale, in float32 where fewer bits would round the product."""
+    up = wide(up)
+    exact = abs(math.frexp(scale)[0]) in (0.0, 0.5)
+    return (up if exact or up.dtype.itemsize >= 4 else up.float()) * scale
 
 
 def truncate(lora: InstanceLora, rank: int) -> InstanceLora:
@@ -138,6 +187,11 @@ def truncate(lora: InstanceLora, rank: int) -> InstanceLora:
     """
     if rank < 1:
         raise LoraError(f"The rank must be at least 1, got {rank}.")
+    for name, pair in lora.factors.items():
+        if pair.rank > rank and not all(torch.isfinite(wide(factor)).all() for factor in pair):
+            raise LoraError(
+                f"{name}: the factors hold NaN or infinite values, so there is no nearest LoRA of rank {rank}."
+            )
     return lora.map(lambda pair: pair if pair.rank <= rank else _truncate(pair, rank))
 
 
@@ -166,6 +220,10 @@ def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
     """
     if set(a.names) != set(b.names):
         raise LoraError("Only LoRAs of the same targets can be compared.")
+    if a.batch != b.batch and 1 not in (a.batch, b.batch):
+        raise LoraError(
+            f"LoRAs of {a.batch} and of {b.batch} instances cannot be compared; take equal numbers, or one."
+        )
     pairs = [(pair, b.factors[name]) for name, pair in a.factors.items()]
     dot = sum(_over_experts(inner(x, y)) for x, y in pairs) * (a.scale * b.scale)
     length = (_squared_norm(a) * _squared_norm(b)).sqrt()
@@ -185,10 +243,17 @@ def _over_experts(values: Tensor) -> Tensor:
     return values.sum(-1) if values.ndim == 2 else values
 
 
-def _concatenate(name: str, pairs: list[LoraFactor], batch: int) -> LoraFactor:
+def concatenate(name: str, pairs: Sequence[LoraFactor], batch: int = 1) -> LoraFactor:
+    """Pairs of one target as one, whose change is the sum of theirs: their ranks side by side.
+
+    Raises:
+        LoraError: if they are of differing shapes.
+    """
     shapes = {(p.down.ndim, p.down.shape[-1], p.up.shape[-2], *p.down.shape[1:-2]) for p in pairs}
     if len(shapes) > 1:
-        raise LoraError(f"{name} has different shapes in the LoRAs to blend; they belong to different bases.")
+        raise LoraError(
+            f"{name} has different shapes in LoRAs that are to be added up; they belong to different bases."
+        )
     pairs = [LoraFactor(*(t.expand(batch, *t.shape[1:]) for t in p)) for p in pairs]
     return LoraFactor(torch.cat([p.down for p in pairs], dim=-2), torch.cat([p.up for p in pairs], dim=-1))
 
@@ -207,6 +272,7 @@ def _check_pair(name: str, pair: LoraFactor) -> None:
     down, up = pair
     fits = (
         down.ndim in (3, 4)
+        and 0 not in (*down.shape, *up.shape)
         and up.ndim == down.ndim
         and up.shape[-1] == down.shape[-2]
         and up.shape[:-2] == down.shape[:-2]
@@ -214,5 +280,5 @@ def _check_pair(name: str, pair: LoraFactor) -> None:
     if not fits:
         raise LoraError(
             f"{name}: the factors {tuple(down.shape)} and {tuple(up.shape)} do not fit together, "
-            "expected (B, r, in) with (B, out, r), or (B, E, r, in) with (B, E, out, r)."
+            "expected (B, r, in) with (B, out, r), or (B, E, r, in) with (B, E, out, r), none of them 0."
         )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
 
 from ...errors import LoraError, SaveError
-from ...files.lora_files import Dialect, from_state_dict, load_lora, save_lora
+from ...files.lora_files import Dialect, grouped_targets, read_file, save_lora, to_state_dict
 from ...lora import InstanceLora, blend, truncate
+from . import foreign
+from .matching import canonical
 
 FOLDER = "loras"
 SAVE_DTYPES = {
@@ -20,6 +24,8 @@ SAVE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Bases, by the host's classes, whose modules are called as in diffusers.
+DIFFUSERS_NAMES = {"QwenImage"}
 
 
 def names() -> list[str]:
@@ -32,26 +38,67 @@ def modified(name: str) -> float:
     return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, name))
 
 
-def load(name: str) -> InstanceLora:
+def load(name: str, model: Any = None) -> InstanceLora:
     """Load a LoRA file by its name.
 
+    Args:
+        model: a MODEL that has it; then its targets get the base's own names.
     Raises:
-        LoraError: see `load_lora`.
+        LoraError: if it is damaged, or no LoRA that the host knows.
+        MatchError: if the model has none of its targets.
     """
-    return load_lora(folder_paths.get_full_path_or_raise(FOLDER, name))
+    path = Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    try:
+        lora = foreign.read(*read_file(path))
+    except LoraError as error:
+        text = str(error)
+        raise LoraError(text if str(path) in text else f"{path}: {text}") from error
+    return lora if model is None else canonical(lora, model.model)
 
 
 def save_to_output(lora: InstanceLora, prefix: str, dialect: Dialect, dtype: torch.dtype | None) -> Path:
-    """Save every instance of a LoRA as a file of its own, numbered on from what is there.
+    """Save every instance of a LoRA as a file (peft: a folder) of its own, numbered on from what is there.
 
     Returns:
-        the path of the last file.
+        the path of the last one.
     Raises:
+        LoraError: if the dialect cannot hold it.
         SaveError: if the folder cannot be written to.
     """
+    diffusers = lora.metadata.get("base") in DIFFUSERS_NAMES
     for index in range(lora.batch):
-        path = save_lora(lora.select(index), output_path(prefix), dialect, dtype)
+        path = save_lora(lora.select(index), output_path(prefix), dialect, dtype, diffusers)
     return path
+
+
+def remarks(lora: InstanceLora, dialect: Dialect) -> str:
+    """What a saved LoRA does not do where one would expect it; nothing if there is nothing to say."""
+    experts = grouped_targets(lora)
+    if dialect == "stock" and experts:
+        return (
+            f"{experts} of {len(lora.names)} targets are banks of experts, for which ComfyUI's own LoRA loader has no key: "
+            "it loads the others only. Load Instance LoRA reads them all."
+        )
+    base = lora.metadata.get("base")
+    if dialect == "peft" and not lora.foreign and base not in DIFFUSERS_NAMES:
+        return (
+            f"For PEFT around a model with the module names that ComfyUI has for {base or 'this base'}. Where those of "
+            "diffusers differ, as for Flux, its pipelines do nothing with this folder: give them a file of the format stock."
+        )
+    return ""
+
+
+def for_the_host(lora: InstanceLora) -> dict[str, torch.Tensor]:
+    """A LORA_MODEL of the first instance. Warns of what the host's own nodes ignore in it."""
+    if said := remarks(lora, "stock"):
+        logging.warning("HY-WU: of the output lora_model, %s", said)
+    return to_state_dict(lora.select(0))
+
+
+def beside_the_pairs(loras: Sequence[InstanceLora]) -> str:
+    """A line on what of LoRAs is no pair of factors, which norms and cosines do not count; nothing if there is nothing."""
+    others = sum(len(part.keys) for lora in loras for part in lora.parts)
+    return f"\nnot counted: {others} tensors that are no pairs of low-rank factors" if others else ""
 
 
 def output_path(prefix: str) -> Path:
@@ -74,9 +121,9 @@ def as_instance_lora(lora: InstanceLora | Mapping[str, torch.Tensor]) -> Instanc
     """An InstanceLora as it is; a LORA_MODEL (the host's plain state dict) read into one.
 
     Raises:
-        LoraError: if it is no plain low-rank LoRA.
+        LoraError: if it is no LoRA that the host knows.
     """
-    return lora if isinstance(lora, InstanceLora) else from_state_dict(lora)
+    return lora if isinstance(lora, InstanceLora) else foreign.read(lora)
 
 
 def blend_from_text(loras: Sequence[InstanceLora], weights: str, max_rank: int = 0) -> InstanceLora:
