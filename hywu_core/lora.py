@@ -199,10 +199,10 @@ def inner(a: LoraFactor, b: LoraFactor) -> Tensor:
     """<B_a A_a, B_b A_b> over the last two axes, without forming a product: sum((B_a^T B_b) * (A_a A_b^T)).
 
     Returns:
-        (B,) or, for grouped experts, (B, E), in float64.
+        (B,) or, for grouped experts, (B, E), in float64 on the CPU.
     """
-    ups = a.up.double().mT @ b.up.double()
-    downs = a.down.double() @ b.down.double().mT
+    ups = _exact(a.up).mT @ _exact(b.up)
+    downs = _exact(a.down) @ _exact(b.down).mT
     return (ups * downs).sum((-2, -1))
 
 
@@ -240,6 +240,11 @@ def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
     return torch.where(length > 0, dot / length.clamp(min=torch.finfo(length.dtype).tiny), torch.zeros_like(length))
 
 
+def _exact(factor: Tensor) -> Tensor:
+    """In float64, which not every device has."""
+    return factor.cpu().double()
+
+
 def _squared_norm(lora: InstanceLora) -> Tensor:
     return lora.scale**2 * sum(_over_experts(inner(pair, pair)) for pair in lora.pairs).clamp(min=0)
 
@@ -270,13 +275,13 @@ def concatenate(name: str, pairs: Sequence[LoraFactor], batch: int = 1) -> LoraF
 
 
 def _truncate(pair: LoraFactor, rank: int) -> LoraFactor:
-    q_up, r_up = torch.linalg.qr(pair.up.double())
-    q_down, r_down = torch.linalg.qr(pair.down.double().mT)
+    q_up, r_up = torch.linalg.qr(_exact(pair.up))
+    q_down, r_down = torch.linalg.qr(_exact(pair.down).mT)
     left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
     root = values[..., :rank].sqrt()
     up = (q_up @ left[..., :rank]) * root.unsqueeze(-2)
     down = root.unsqueeze(-1) * (right[..., :rank, :] @ q_down.mT)
-    return LoraFactor(down.to(pair.down.dtype), up.to(pair.up.dtype))
+    return LoraFactor(down.to(pair.down), up.to(pair.up))
 
 
 def _check_pair(name: str, pair: LoraFactor) -> None:

@@ -36,6 +36,9 @@ WEIGHT_DTYPES = {
 }
 
 
+# what weights that are stored otherwise are computed in: a generator is trained in bfloat16 and overflows in float16
+COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
+
 SAVE_DTYPES = {
     "as trained": None,
     "bfloat16": torch.bfloat16,
@@ -211,7 +214,7 @@ def _fingerprint(generator: Generator) -> str:
 
 def _compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     device = comfy.model_management.get_torch_device()
-    return comfy.model_management.unet_manual_cast(weight_dtype, device) or weight_dtype
+    return comfy.model_management.unet_manual_cast(weight_dtype, device, COMPUTE_DTYPES) or weight_dtype
 
 
 def _free_path(name: str) -> Path:

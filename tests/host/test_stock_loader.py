@@ -268,11 +268,12 @@ def test_bypass_is_the_stock_loader_for_every_name_or_refuses_it(model):
             counts["refused"] += 1
             continue
         change = changed(stock(model, state))[key] - base[key]
-        x = noise(2, 5, base[key].shape[1])
+        # features lie in the second axis of what a convolution of one pixel reads, in the last of what a linear layer reads
+        x = noise(2, 5, change.shape[1]) if change.ndim == 2 else noise(2, change.shape[1], 3, 5)
         with beside(model.model.diffusion_model, applied_loras(patched)):
             found = module(x)
         found -= module(x)
-        expected = x @ change.T
+        expected = x @ change.T if change.ndim == 2 else torch.einsum("bihw,oi->bohw", x, change[..., 0, 0])
         assert (found - expected).norm() <= 1e-3 * expected.norm(), name
         counts["equal"] += 1
     print(f"\n{type(model.model).__name__} bypass: {dict(counts)}")
