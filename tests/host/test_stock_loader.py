@@ -531,6 +531,24 @@ def test_a_bias_that_the_host_cannot_place_is_named_and_its_pair_acts():
     assert canonical(lora, model.model).names == ("double_blocks.0.img_attn.qkv[0:32/96]",)
 
 
+def test_each_picture_of_a_batch_has_its_own_pairs_and_all_have_what_is_no_pair():
+    flux = families.flux()
+    model = flux.model
+    state = {"diffusion_model.double_blocks.0.img_attn.proj.diff_b": noise(32) * 9}
+    several = families.random_lora(flux, seed=5, batch=2)
+    patched, matches = apply_lora(model, blend([several, foreign.read(state)], [1.0, 1.0]), 1.0, "auto")
+    assert matches.kinds == "1 x bias difference (double_blocks.0.img_attn.proj)"
+    expected, _ = apply_lora(stock(model, state, 1.0), several, 1.0, "bypass")
+    found, wanted = (families.sample(flux, one, batch=2) for one in (patched, expected))
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    convolution = "diffusion_model.middle_block.0.in_layers.2"
+    lora = foreign.read(low_rank(convolution, (64, 64, 3, 3)))
+    twice = lora.map(lambda pair: LoraFactor(*(torch.cat((factor, factor)) for factor in pair)))
+    for mode in ("auto", "merge"):
+        with pytest.raises(MatchError, match="in_layers.2 is no linear layer.*holds 2 instances. Choose one instance"):
+            apply_lora(model_of("sd15"), twice, 1.0, mode)
+
+
 def test_banks_of_experts_are_said_to_be_ignored_by_the_host(caplog):
     """Its loader has no key for a part of a bank; what it loads is the rest."""
     bank = LoraFactor(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 6, 4))

@@ -217,6 +217,11 @@ class _Layers:
             return Match(name, pair, where.module, start, length, layer.channels_first)
         if key not in self.keys or pair.grouped:
             return None
+        if pair.down.shape[0] > 1:
+            raise MatchError(
+                f"{name} is no linear layer in this model, so its weight itself is changed and takes one LoRA, but this one "
+                f"holds {pair.down.shape[0]} instances. Choose one instance."
+            )
         _check_size(name, pair, offset, comfy.utils.get_attr(self.base, key))
         whole = key if offset is None and function is None else (key, offset, function) if function else (key, offset)
         return Patch(whole, as_adapter(pair, scale), _kind(module, offset))
