@@ -207,7 +207,12 @@ def inner(a: LoraFactor, b: LoraFactor) -> Tensor:
 
 
 def norms(lora: InstanceLora) -> dict[str, Tensor]:
-    """The Frobenius norm of every dW (scale included): {name: (B,)}, experts of a bank taken together."""
+    """The Frobenius norm of every dW (scale included): {name: (B,)}, experts of a bank taken together.
+
+    Raises:
+        LoraError: if the LoRA has no factor pairs.
+    """
+    _check_any_pairs(lora)
     return {
         name: lora.scale * _over_experts(inner(pair, pair)).clamp(min=0).sqrt() for name, pair in lora.factors.items()
     }
@@ -218,8 +223,13 @@ def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
 
     It is gauge-invariant: it compares the products B.A, which many factor pairs share, never A and B themselves.
     """
+    for lora in (a, b):
+        _check_any_pairs(lora)
     if set(a.names) != set(b.names):
-        raise LoraError("Only LoRAs of the same targets can be compared.")
+        remedy = (
+            " Wire the base into Load Instance LoRA, so that both have its names." if a.foreign or b.foreign else ""
+        )
+        raise LoraError(f"Only LoRAs of the same targets can be compared.{remedy}")
     if a.batch != b.batch and 1 not in (a.batch, b.batch):
         raise LoraError(
             f"LoRAs of {a.batch} and of {b.batch} instances cannot be compared; take equal numbers, or one."
@@ -237,6 +247,12 @@ def _exact(factor: Tensor) -> Tensor:
 
 def _squared_norm(lora: InstanceLora) -> Tensor:
     return lora.scale**2 * sum(_over_experts(inner(pair, pair)) for pair in lora.pairs).clamp(min=0)
+
+
+def _check_any_pairs(lora: InstanceLora) -> None:
+    if not lora.pairs:
+        held = f"only {lora.parts[0].keys[0]} and the like" if lora.parts else "nothing"
+        raise LoraError(f"This LoRA holds {held}: no pairs of low-rank factors, which are what can be measured.")
 
 
 def _over_experts(values: Tensor) -> Tensor:

@@ -218,7 +218,8 @@ def _check_spellings(lora: InstanceLora) -> None:
         examples = " and ".join(sorted(spellings.values())[:2])
         raise LoraError(
             f"This LoRA mixes the spellings of several tools, such as {examples}; one layer may be there under two names. "
-            "Wire the base into the model input of each Load Instance LoRA before blending, which gives one spelling."
+            "Wire the base into the model input of each Load Instance LoRA before blending, which gives one spelling; "
+            "or save the LoRAs one by one."
         )
 
 

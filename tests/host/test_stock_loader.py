@@ -13,13 +13,13 @@ import comfy.utils
 import families
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hywu_core import InstanceLora, LoraError, LoraFactor, MatchError
 from hywu_core.files.lora_files import save_lora, to_state_dict
-from hywu_core.host.lora import foreign
+from hywu_core.host.lora import charts, foreign, store
 from hywu_core.host.lora.apply import applied_loras, apply_lora, beside
 from hywu_core.host.lora.matching import canonical
-from hywu_core.host.model import layer_of
 from hywu_core.lora import blend, cosine
 
 STRENGTH = 0.7
@@ -264,16 +264,16 @@ def test_bypass_is_the_stock_loader_for_every_name_or_refuses_it(model):
         try:
             patched, _ = apply_lora(model, lora, STRENGTH, "bypass")
         except MatchError as refused:
-            assert f"({lora.names[0]})" in str(refused) and layer_of(module) is None
+            assert f"({lora.names[0]})" in str(refused) and not hasattr(module, "in_features")
             counts["refused"] += 1
             continue
         change = changed(stock(model, state))[key] - base[key]
-        pixels = len(shape) > 2
-        x = noise(2, base[key].shape[1], *[3] * (len(shape) - 2)) if pixels else noise(2, 5, base[key].shape[1])
+        # features lie in the second axis of what a convolution of one pixel reads, in the last of what a linear layer reads
+        x = noise(2, 5, change.shape[1]) if change.ndim == 2 else noise(2, change.shape[1], 3, 5)
         with beside(model.model.diffusion_model, applied_loras(patched)):
             found = module(x)
         found -= module(x)
-        expected = torch.einsum("bi...,oi->bo...", x, change.flatten(1)) if pixels else x @ change.T
+        expected = x @ change.T if change.ndim == 2 else torch.einsum("bihw,oi->bohw", x, change[..., 0, 0])
         assert (found - expected).norm() <= 1e-3 * expected.norm(), name
         counts["equal"] += 1
     print(f"\n{type(model.model).__name__} bypass: {dict(counts)}")
@@ -408,7 +408,7 @@ def test_two_spellings_of_one_layer_are_both_applied_and_become_one_with_a_model
                 stock(stock(model, spelled[one.names[0]], 1.0), spelled[two.names[0]], 1.0))  # fmt: skip
     with pytest.raises(LoraError, match="mixes the spellings of several tools.*model input of each Load Instance LoRA"):
         save_lora(mixed, tmp_path / "lora.safetensors")
-    with pytest.raises(LoraError, match="same targets"):
+    with pytest.raises(LoraError, match="same targets can be compared. Wire the base into Load Instance LoRA"):
         cosine(one, two)
     one, two = (canonical(lora, model.model) for lora in (one, two))
     assert one.names == two.names == ("double_blocks.0.img_attn.proj",)
@@ -505,6 +505,97 @@ def test_a_partial_match_warns(caplog):
     assert warned == [
         "HY-WU: matched 1/3 targets; not in this model: lora_unet_other_layer, lora_unet_third_layer (bypass)."
     ]
+
+
+def test_a_base_respells_what_is_no_pair_and_leaves_out_what_it_does_not_have(caplog):
+    model = model_of("flux_double")
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    known = with_bias(name, (32, 32)) | dora("lora_unet_double_blocks_1_img_attn_proj", (32, 32))
+    text = low_rank("lora_te1_x", (8, 8)) | dora("lora_te1_y", (8, 8))
+    lora = canonical(foreign.read(known | text | dora("lora_unet_nowhere", (8, 8))), model.model)
+    state = to_state_dict(lora)
+    assert {key.split(".")[0] for key in state} == {"diffusion_model", "lora_te1_x", "lora_te1_y"}
+    same_change(model, stock(model, state), stock(model, known))
+    same_change(model, apply_lora(model, lora, STRENGTH, "merge")[0], stock(model, known))
+    assert sum("left out of a loaded LoRA: matched 2/3" in record.message for record in caplog.records) == 1
+
+
+def test_a_bias_that_the_host_cannot_place_is_named_and_its_pair_acts():
+    """The host's table has slices of fused weights, but not of their biases."""
+    model = model_of("flux_double")
+    state = with_bias("transformer.transformer_blocks.0.attn.to_q", (32, 32))
+    lora = foreign.read(state)
+    merged, matches = apply_lora(model, lora, STRENGTH, "merge")
+    assert matches.missing == ("transformer.transformer_blocks.0.attn.to_q (bias difference)",)
+    same_change(model, merged, stock(model, state))
+    assert canonical(lora, model.model).names == ("double_blocks.0.img_attn.qkv[0:32/96]",)
+
+
+def test_each_picture_of_a_batch_has_its_own_pairs_and_all_have_what_is_no_pair():
+    flux = families.flux()
+    model = flux.model
+    state = {"diffusion_model.double_blocks.0.img_attn.proj.diff_b": noise(32) * 9}
+    several = families.random_lora(flux, seed=5, batch=2)
+    patched, matches = apply_lora(model, blend([several, foreign.read(state)], [1.0, 1.0]), 1.0, "auto")
+    assert matches.kinds == "1 x bias difference (double_blocks.0.img_attn.proj)"
+    expected, _ = apply_lora(stock(model, state, 1.0), several, 1.0, "bypass")
+    found, wanted = (families.sample(flux, one, batch=2) for one in (patched, expected))
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    convolution = "diffusion_model.middle_block.0.in_layers.2"
+    lora = foreign.read(low_rank(convolution, (64, 64, 3, 3)))
+    twice = lora.map(lambda pair: LoraFactor(*(torch.cat((factor, factor)) for factor in pair)))
+    for mode in ("auto", "merge"):
+        with pytest.raises(MatchError, match="in_layers.2 is no linear layer.*holds 2 instances. Choose one instance"):
+            apply_lora(model_of("sd15"), twice, 1.0, mode)
+
+
+def test_banks_of_experts_are_said_to_be_ignored_by_the_host(caplog):
+    """Its loader has no key for a part of a bank; what it loads is the rest."""
+    bank = LoraFactor(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 6, 4))
+    attention = LoraFactor(torch.ones(1, 4, 32), torch.ones(1, 32, 4))
+    lora = InstanceLora({"double_blocks.0.img_attn.proj": attention, "m.experts.w1": bank, "m.experts.w2": bank})
+    said = "2 of 3 targets are banks of experts, for which ComfyUI's own LoRA loader has no key"
+    assert said in store.remarks(lora, "stock")
+    state = store.for_the_host(lora)
+    assert sum(said in record.message for record in caplog.records) == 1
+    assert len(stock(model_of("flux_double"), state).patches) == 1
+    assert len(foreign.read(state).names) == 3
+    caplog.clear()
+    store.for_the_host(families.random_lora(families.flux(), 1))
+    assert not caplog.records
+
+
+def test_what_has_no_pairs_cannot_be_measured():
+    lora = foreign.read(dora("lora_unet_a", (8, 8)))
+    with pytest.raises(LoraError, match="holds only lora_unet_a.lora_up.weight and the like: no pairs"):
+        charts.norms_by_layer(lora)
+    with pytest.raises(LoraError, match="no pairs of low-rank factors"):
+        charts.cosines([lora, lora])
+    assert store.beside_the_pairs([lora]) == "\nnot counted: 4 tensors that are no pairs of low-rank factors"
+
+
+def test_files_that_are_no_lora(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.folder_paths, "get_full_path_or_raise", lambda folder, name: str(tmp_path / name))
+    states = {
+        "empty": ({}, "no LoRA weights here that ComfyUI knows. The file is empty"),
+        "checkpoint": ({"a.weight": torch.ones(4, 4)}, "The first key is a.weight.*a checkpoint belongs"),
+        "half": ({"a.lora_down.weight": torch.ones(4, 4)}, "a.lora_down.weight has no partner"),
+        "other half": ({"a.lora_up.weight": torch.ones(4, 4)}, "lacks a.lora_down.weight; it is incomplete"),
+        "alphas": (low_rank("a", (8, 8), alpha=None) | {"a.alpha": torch.ones(2)}, "damaged, or not a LoRA"),
+        "NaN": (only("a", (8, 8)) | {"b.diff": torch.tensor([float("nan")])}, "b.diff of the LoRA holds NaN"),
+        "rank 0": (
+            {"a.lora_up.weight": torch.ones(8, 0), "a.lora_down.weight": torch.ones(0, 8)}, r"\(1, 0, 8\).*do not fit"
+        ),
+        "LoHa without its half": ({"a.hada_w1_a": torch.ones(4, 4)}, "lacks a.hada_w1_b; it is incomplete"),
+        "one axis": ({"a.lora_up.weight": torch.ones(8), "a.lora_down.weight": torch.ones(8)}, r"expected \(r, in\)"),
+    }  # fmt: skip
+    for name, (state, message) in states.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        with pytest.raises(LoraError, match=message) as refused:
+            store.load(f"{name}.safetensors")
+        assert str(tmp_path / f"{name}.safetensors") in str(refused.value)
+        with pytest.raises(LoraError, match=message):
+            store.as_instance_lora(state)
 
 
 def test_a_convolution_of_another_size_is_refused():

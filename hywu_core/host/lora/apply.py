@@ -110,7 +110,6 @@ def apply_lora(
             bank = bank_patcher(matches.matched, lora.scale, clone.load_device)
             _bypass(clone, bank, Applied(bank.model, strength, start, end, bank.clone_base_uuid))
     if matches.patches:
-        _check_mergeable(lora, start, end)
         _check_object_patches(_keys(matches.patches), model)
         _merge(clone, [patch for _, patches in matches.patches for patch in patches], strength)
     matches = matches._replace(how=_how(matches, inside))

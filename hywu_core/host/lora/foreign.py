@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import LoraError
 from ...files.lora_files import METADATA_KEY, own_metadata
-from ...files.lora_state import as_factor, assemble, check_state, one_each, own_name, regroup, scale_of
+from ...files.lora_state import as_factor, assemble, check_state, of_text_encoder, one_each, own_name, scale_of
 from ...lora import InstanceLora, LoraFactor, Part
 
 WEIGHT, BIAS = ".weight", ".bias"
@@ -67,9 +67,8 @@ def read(state: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -
             + (f"The first key is {next(iter(state))}. " if state else "The file is empty. ")
             + "Choose a LoRA; a checkpoint belongs into the loader of its kind."
         )
-    whole = one_each(pairs)
     parts = [Part(tuple(rest), tuple(rest.values()))] if rest else []
-    return assemble(regroup(whole) if ours else whole, own_metadata(header or {}), foreign, parts)
+    return assemble(one_each(pairs), own_metadata(header or {}), foreign, parts)
 
 
 def patches_of(part: Part, table: Mapping[str, Any]) -> dict[str, list[Patch]]:
@@ -85,6 +84,21 @@ def patches_of(part: Part, table: Mapping[str, Any]) -> dict[str, list[Patch]]:
         found = {} if target is None else _host_read(state, {stem: target})
         patches[stem] = [Patch(key, value, kind_of(key, value), part.strength) for key, value in found.items()]
     return patches
+
+
+def respelled(part: Part, table: Mapping[str, Any]) -> Part:
+    """A part in the names that a MODEL with this key table has for whole weights, without what it does not have."""
+    state = dict(zip(part.keys, part.tensors, strict=True))
+    stems = set(_by_name(state))
+    keys = {}
+    for key, tensor in state.items():
+        stem = next(name for name in _possible_names([key]) if name in stems)
+        target = table.get(stem)
+        if target is None and not of_text_encoder(stem):
+            continue
+        whole = isinstance(target, str) and target.endswith(WEIGHT)
+        keys[target.removesuffix(WEIGHT) + key.removeprefix(stem) if whole else key] = tensor
+    return part._replace(keys=tuple(keys), tensors=tuple(keys.values()))
 
 
 def kind_of(key: Any, value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ import comfy.weight_adapter
 import torch
 
 from ...errors import LoraError, MatchError
-from ...files.lora_state import of_text_encoder, regroup
+from ...files.lora_state import of_text_encoder, own_name, regroup
 from ...layout import Placement, place
 from ...lora import InstanceLora, LoraFactor, concatenate
 from ..model import COMPILED, Layer, clean, is_compiled, layer_of, named_modules
 from .experts import other_place
-from .foreign import WEIGHT, Patch, patches_of
+from .foreign import WEIGHT, Patch, patches_of, respelled
 
 ROOT = "diffusion_model"
 SHOWN = 4
@@ -52,7 +53,7 @@ class Matches(NamedTuple):
     @property
     def found(self) -> int:
         """Targets of the LoRA that the base has."""
-        return len(self.matched) + len(self.patches)
+        return len({found.name for found in self.matched} | {name for name, _ in self.patches})
 
     @property
     def total(self) -> int:
@@ -101,12 +102,12 @@ def match(lora: InstanceLora, base: Any) -> Matches:
         else:
             patches.append((name, (found,)))
     for part in lora.parts:
-        for name, those in patches_of(part, layers.table).items():
+        for stem, those in patches_of(part, layers.table).items():
+            name = own_name(stem, peft=False)[0]
             kept = tuple(patch for patch in those if layers.has(patch.key))
             if kept:
                 patches.append((name, kept))
-            if len(kept) < len(those) or not those:
-                missing.append(name)
+            missing += [f"{name} ({patch.kind})" for patch in those if patch not in kept] if those else [name]
     matches = Matches(
         tuple(matched),
         tuple(name for name in missing if not of_text_encoder(name)),
@@ -119,25 +120,29 @@ def match(lora: InstanceLora, base: Any) -> Matches:
 
 
 def canonical(lora: InstanceLora, base: Any) -> InstanceLora:
-    """The LoRA with the base's own names, where it has the target; two names of one target become one.
+    """The LoRA with the base's own names; two names of one target become one. What the base does not have is left out, and
+    the log says so; a text encoder's part is kept as it came.
 
     Raises:
         MatchError: if nothing matches, or a matching layer has another shape.
     """
     layers = _Layers(base)
-    match(lora, base)
+    matches = match(lora, base)
     pairs: dict[str, list[LoraFactor]] = {}
     foreign = set()
     for name, pair in _with_banks(lora, layers).items():
         found = layers.find(name, pair, lora.scale)
+        if found is None and not of_text_encoder(name):
+            continue
         own = layers.own_name(found)
         foreign |= {name} if own is None and name in lora.foreign else set()
         pairs.setdefault(own or name, []).append(found.pair if isinstance(found, Match) else pair)
-    factors = {
-        name: those[0] if len(those) == 1 else concatenate(name, those, lora.batch) for name, those in pairs.items()
-    }
+    factors = {name: those[0] if len(those) == 1 else concatenate(name, those) for name, those in pairs.items()}
+    parts = [respelled(part, layers.table) for part in lora.parts]
+    if matches.missing:
+        logging.warning("HY-WU: what the base does not have is left out of a loaded LoRA: %s.", matches)
     metadata = {"base": type(base).__name__, **lora.metadata}
-    return InstanceLora(factors, lora.scale, metadata, tuple(foreign), lora.parts)
+    return InstanceLora(factors, lora.scale, metadata, tuple(foreign), [part for part in parts if part.keys])
 
 
 class _Layers:
@@ -212,6 +217,11 @@ class _Layers:
             return Match(name, pair, where.module, start, length, layer.channels_first)
         if key not in self.keys or pair.grouped:
             return None
+        if pair.down.shape[0] > 1:
+            raise MatchError(
+                f"{name} is no linear layer in this model, so its weight itself is changed and takes one LoRA, but this one "
+                f"holds {pair.down.shape[0]} instances. Choose one instance."
+            )
         _check_size(name, pair, offset, comfy.utils.get_attr(self.base, key))
         whole = key if offset is None and function is None else (key, offset, function) if function else (key, offset)
         return Patch(whole, as_adapter(pair, scale), _kind(module, offset))
