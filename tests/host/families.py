@@ -1,7 +1,9 @@
 """Tiny random instances of the host's own model families, as MODELs, with latents and conditioning that fit them."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -21,11 +23,22 @@ class Family(NamedTuple):
     targets: tuple[str, ...]  # uniform over the blocks; a name may carry a row slice
 
 
+@contextmanager
+def weights_at_once():
+    """Layers make their weights when they are built, also under dynamic VRAM: there is no file that they would come from."""
+    before, comfy.memory_management.aimdo_enabled = comfy.memory_management.aimdo_enabled, False
+    try:
+        yield
+    finally:
+        comfy.memory_management.aimdo_enabled = before
+
+
 def build(config) -> comfy.model_patcher.ModelPatcher:
     """A MODEL from one of the host's configurations, float32, every parameter seeded random."""
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = None
-    model = config.get_model({}, "", device=None)
+    with weights_at_once():
+        model = config.get_model({}, "", device=None)
     model.diffusion_model.eval().requires_grad_(False)
     source = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -268,11 +268,12 @@ def test_bypass_is_the_stock_loader_for_every_name_or_refuses_it(model):
             counts["refused"] += 1
             continue
         change = changed(stock(model, state))[key] - base[key]
-        x = noise(2, 5, base[key].shape[1])
+        # features lie in the second axis of what a convolution of one pixel reads, in the last of what a linear layer reads
+        x = noise(2, 5, change.shape[1]) if change.ndim == 2 else noise(2, change.shape[1], 3, 5)
         with beside(model.model.diffusion_model, applied_loras(patched)):
             found = module(x)
         found -= module(x)
-        expected = x @ change.T
+        expected = x @ change.T if change.ndim == 2 else torch.einsum("bihw,oi->bohw", x, change[..., 0, 0])
         assert (found - expected).norm() <= 1e-3 * expected.norm(), name
         counts["equal"] += 1
     print(f"\n{type(model.model).__name__} bypass: {dict(counts)}")
@@ -528,6 +529,24 @@ def test_a_bias_that_the_host_cannot_place_is_named_and_its_pair_acts():
     assert matches.missing == ("transformer.transformer_blocks.0.attn.to_q (bias difference)",)
     same_change(model, merged, stock(model, state))
     assert canonical(lora, model.model).names == ("double_blocks.0.img_attn.qkv[0:32/96]",)
+
+
+def test_each_picture_of_a_batch_has_its_own_pairs_and_all_have_what_is_no_pair():
+    flux = families.flux()
+    model = flux.model
+    state = {"diffusion_model.double_blocks.0.img_attn.proj.diff_b": noise(32) * 9}
+    several = families.random_lora(flux, seed=5, batch=2)
+    patched, matches = apply_lora(model, blend([several, foreign.read(state)], [1.0, 1.0]), 1.0, "auto")
+    assert matches.kinds == "1 x bias difference (double_blocks.0.img_attn.proj)"
+    expected, _ = apply_lora(stock(model, state, 1.0), several, 1.0, "bypass")
+    found, wanted = (families.sample(flux, one, batch=2) for one in (patched, expected))
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    convolution = "diffusion_model.middle_block.0.in_layers.2"
+    lora = foreign.read(low_rank(convolution, (64, 64, 3, 3)))
+    twice = lora.map(lambda pair: LoraFactor(*(torch.cat((factor, factor)) for factor in pair)))
+    for mode in ("auto", "merge"):
+        with pytest.raises(MatchError, match="in_layers.2 is no linear layer.*holds 2 instances. Choose one instance"):
+            apply_lora(model_of("sd15"), twice, 1.0, mode)
 
 
 def test_banks_of_experts_are_said_to_be_ignored_by_the_host(caplog):

@@ -16,9 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import comfy.ops
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors
@@ -162,8 +161,11 @@ def read_system_prompt(folder: Path) -> str | None:
 
 
 def decoder_shapes(config: BaseConfig) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the diffusion model's weights, experts in banks."""
-    model = HunyuanImage3(config, torch.bfloat16, torch.device("meta"), comfy.ops.disable_weight_init)
+    """{name: shape} of the diffusion model's weights, experts in banks.
+
+    Of torch's own layers: under dynamic VRAM the host's have no weights before they are loaded.
+    """
+    model = HunyuanImage3(config, torch.bfloat16, torch.device("meta"), nn)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -174,7 +176,7 @@ def official_shapes(config: BaseConfig) -> dict[str, tuple[int, ...]]:
         keys = expert_keys(name, config.num_experts)
         shapes |= dict.fromkeys(keys, shape[1:]) if keys else {name: shape}
     shapes |= {VAE + name: shape for name, shape in vae.expected_shapes(config.vae).items()}
-    tower = vision.build(config, torch.bfloat16).state_dict()
+    tower = vision.VisionTower(config, nn, device="meta", dtype=torch.bfloat16).state_dict()
     return shapes | {name: tuple(tensor.shape) for name, tensor in tower.items()}
 
 

@@ -17,7 +17,6 @@ import comfy.ldm.flux.model
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.supported_models
 import torch
 from torch import Tensor
@@ -127,7 +126,9 @@ def editor_from_state(state: dict[str, Tensor], config: EditorConfig, disable_dy
     model = model_config.get_model(state, "")
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=management.unet_offload_device())
-    model.load_model_weights(dict(state), "", assign=patcher.is_dynamic())
+    # in that dtype already: under dynamic VRAM the host's layers keep what they are given
+    given = {name: tensor.to(dtype) for name, tensor in state.items()}
+    model.load_model_weights(given, "", assign=patcher.is_dynamic())
     return patcher
 
 
@@ -149,6 +150,7 @@ def initial_state(config: EditorConfig, seed: int) -> dict[str, Tensor]:
 
 
 def _shapes(config: EditorConfig) -> dict[str, tuple[int, ...]]:
+    """Of torch's own layers: under dynamic VRAM the host's have no weights before they are loaded."""
     flux = comfy.ldm.flux.model.Flux(
         in_channels=3,
         out_channels=3,
@@ -167,7 +169,7 @@ def _shapes(config: EditorConfig) -> dict[str, tuple[int, ...]]:
         txt_ids_dims=[],
         dtype=torch.float32,
         device="meta",
-        operations=comfy.ops.disable_weight_init,
+        operations=torch.nn,
     )
     return {name: tuple(tensor.shape) for name, tensor in flux.state_dict().items()}
 

@@ -212,7 +212,8 @@ def _load_patcher(path: str, disable_dynamic: bool = False):
 
 
 def _transformer(config: TextConfig) -> TextTransformer:
-    return TextTransformer(config, torch.float32, "meta", comfy.ops.disable_weight_init)
+    """Without weights, of torch's own layers: under dynamic VRAM the host's have no shapes before they are loaded."""
+    return TextTransformer(config, torch.float32, "meta", torch.nn)
 
 
 def _tokenizer(config: TextConfig, embedding_directory=None, tokenizer_data=None):

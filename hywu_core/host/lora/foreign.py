@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import LoraError
 from ...files.lora_files import METADATA_KEY, own_metadata
-from ...files.lora_state import as_factor, assemble, check_state, of_text_encoder, one_each, own_name, regroup, scale_of
+from ...files.lora_state import as_factor, assemble, check_state, of_text_encoder, one_each, own_name, scale_of
 from ...lora import InstanceLora, LoraFactor, Part
 
 WEIGHT, BIAS = ".weight", ".bias"
@@ -67,9 +67,8 @@ def read(state: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -
             + (f"The first key is {next(iter(state))}. " if state else "The file is empty. ")
             + "Choose a LoRA; a checkpoint belongs into the loader of its kind."
         )
-    whole = one_each(pairs)
     parts = [Part(tuple(rest), tuple(rest.values()))] if rest else []
-    return assemble(regroup(whole) if ours else whole, own_metadata(header or {}), foreign, parts)
+    return assemble(one_each(pairs), own_metadata(header or {}), foreign, parts)
 
 
 def patches_of(part: Part, table: Mapping[str, Any]) -> dict[str, list[Patch]]:

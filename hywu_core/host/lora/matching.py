@@ -14,8 +14,10 @@ import torch
 
 from ...errors import LoraError, MatchError
 from ...files.lora_state import of_text_encoder, own_name, regroup
-from ...layout import Placement, beside_the_router, place
+from ...layout import Placement, place
 from ...lora import InstanceLora, LoraFactor, concatenate
+from ..model import COMPILED, Layer, clean, is_compiled, layer_of, named_modules
+from .experts import other_place
 from .foreign import WEIGHT, Patch, patches_of, respelled
 
 ROOT = "diffusion_model"
@@ -30,6 +32,8 @@ class Match(NamedTuple):
     module: str  # path below the base's diffusion_model
     start: int  # first output row
     length: int | None  # number of output rows; None: all of them
+    # features lie in the second axis of what the module gives (a 1x1 convolution), not in the last
+    channels_first: bool = False
 
     @property
     def key(self) -> str:
@@ -146,17 +150,18 @@ class _Layers:
 
     def __init__(self, base: Any):
         self.base = base
-        self.modules = dict(getattr(base, ROOT).named_modules())
+        self.modules = dict(named_modules(getattr(base, ROOT)))
 
     @cached_property
     def table(self) -> dict[str, Any]:
         """The host's own: {a tool's name: key, or (key, offset), or (key, offset, function)}."""
-        return comfy.lora.model_lora_keys_unet(self.base, {})
+        table = comfy.lora.model_lora_keys_unet(self.base, {})
+        return _checkpoints(table) if is_compiled(getattr(self.base, ROOT)) else table
 
     @cached_property
     def keys(self) -> set[str]:
         """Of the base's weights."""
-        return set(self.base.state_dict())
+        return {clean(key) for key in self.base.state_dict()}
 
     def has(self, key: Any) -> bool:
         """Whether the base has the weight of a patch."""
@@ -169,8 +174,8 @@ class _Layers:
             MatchError: if its shape is another.
         """
         where = place(name, pair.up.shape[-2], pair.grouped)
-        if where.module not in self.modules and beside_the_router(where.module) in self.modules:
-            where = where._replace(module=beside_the_router(where.module))
+        if where.module not in self.modules and other_place(where.module) in self.modules:
+            where = where._replace(module=other_place(where.module))
         if where.module in self.modules:
             offset = None if where.length is None else (0, where.start, where.length)
             return self._at(name, pair, scale, (f"{ROOT}.{where.module}{WEIGHT}", offset, None), where.total)
@@ -182,7 +187,7 @@ class _Layers:
         if isinstance(found, Match):
             if found.pair.grouped or found.length is None:
                 return found.name if found.pair.grouped else found.module
-            stop, total = found.start + found.length, self.modules[found.module].out_features
+            stop, total = found.start + found.length, layer_of(self.modules[found.module]).out_features
             return f"{found.module}[{found.start}:{stop}/{total}]"
         if found is not None and isinstance(found.key, str) and found.key.endswith(WEIGHT):
             return found.key.removeprefix(f"{ROOT}.").removesuffix(WEIGHT)
@@ -201,23 +206,34 @@ class _Layers:
         key, offset, function = entry
         module = self.modules.get(key.removeprefix(f"{ROOT}.").removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
         rows = None if function is None else _rows(function, pair.up.shape[-2])
-        beside = (
-            hasattr(module, "in_features")
-            and (offset is None or offset[0] == 0)
-            and (function is None or rows is not None)
-        )
+        layer = None if module is None else layer_of(module)
+        beside = layer is not None and (offset is None or offset[0] == 0) and (function is None or rows is not None)
         if beside:
             if rows is not None:
                 pair = LoraFactor(pair.down, pair.up[..., rows, :])
             start, length = (0, None) if offset is None else offset[1:]
             where = Placement(key.removeprefix(f"{ROOT}.").removesuffix(WEIGHT), start, length, total)
-            _check_shape(name, pair, where, module)
-            return Match(name, pair, where.module, start, length)
+            _check_shape(name, pair, where, layer)
+            return Match(name, pair, where.module, start, length, layer.channels_first)
         if key not in self.keys or pair.grouped:
             return None
+        if pair.down.shape[0] > 1:
+            raise MatchError(
+                f"{name} is no linear layer in this model, so its weight itself is changed and takes one LoRA, but this one "
+                f"holds {pair.down.shape[0]} instances. Choose one instance."
+            )
         _check_size(name, pair, offset, comfy.utils.get_attr(self.base, key))
         whole = key if offset is None and function is None else (key, offset, function) if function else (key, offset)
         return Patch(whole, as_adapter(pair, scale), _kind(module, offset))
+
+
+def _checkpoints(table: dict[str, Any]) -> dict[str, Any]:
+    """The host's table, which it makes of the names in the live tree, with those of a checkpoint."""
+    names = {}
+    for name, entry in table.items():
+        entry = clean(entry) if isinstance(entry, str) else (clean(entry[0]), *entry[1:])
+        names[clean(name).replace(f"_{COMPILED}", "")] = entry
+    return names
 
 
 def as_adapter(pair: LoraFactor, scale: float) -> comfy.weight_adapter.LoRAAdapter:
@@ -260,20 +276,19 @@ def _rows(function: Any, rows: int) -> torch.Tensor | None:
     return order.long() if torch.equal(order.sort().values, numbers.flatten()) else None
 
 
-def _check_shape(name: str, pair: LoraFactor, where: Placement, module: torch.nn.Module) -> None:
-    experts = getattr(module, "num_experts", None)
-    lead = () if experts is None else (experts,)
-    rows = module.out_features if where.length is None else where.length
-    expected = (*lead, rows, module.in_features)
+def _check_shape(name: str, pair: LoraFactor, where: Placement, layer: Layer) -> None:
+    lead = () if layer.experts is None else (layer.experts,)
+    rows = layer.out_features if where.length is None else where.length
+    expected = (*lead, rows, layer.in_features)
     found = (*pair.up.shape[1:-1], pair.down.shape[-1])
-    fits = found == expected and where.start + rows <= module.out_features
+    fits = found == expected and where.start + rows <= layer.out_features
     if where.total is not None:
-        fits = fits and where.total == module.out_features
+        fits = fits and where.total == layer.out_features
     if not fits:
         raise MatchError(
             f"{name}: the LoRA changes a weight of shape {found}, but {where.module} of this model has rows "
-            f"{where.start} to {where.start + rows} of ({module.out_features}, {module.in_features})"
-            f"{'' if experts is None else f' in each of {experts} experts'}. "
+            f"{where.start} to {where.start + rows} of ({layer.out_features}, {layer.in_features})"
+            f"{'' if layer.experts is None else f' in each of {layer.experts} experts'}. "
             "The LoRA was generated for another base; load the base that its generator was trained for."
         )
 
