@@ -251,7 +251,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hywu_core.files.safetensors.save_file", full)
+    monkeypatch.setattr("os.fsync", full)
     run.step()
     with pytest.raises(ValueError, match="No space left"):
         run.save(path)

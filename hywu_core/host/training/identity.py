@@ -13,7 +13,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ...files.safetensors import atomic_write
+from ...errors import SaveError
+from ...files.atomic import atomic_write
+from ...files.text import read_json
 from ...training import SessionOptions, TrainingError
 from ...training.log import LOG, STATE, VALIDATION
 from ...training.options import REFUSE, RESTART
@@ -41,10 +43,17 @@ def claim(folder: Path, now: Mapping[str, Any], options: SessionOptions) -> bool
         _check_same(folder, now)
     else:
         for file in (*(folder / name for name in (STATE, LOG, VALIDATION)), *folder.glob("step-*.png")):
-            file.unlink(missing_ok=True)
+            _remove(file)
     with atomic_write(folder / FILE) as temporary:
         temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
     return goes_on
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(f"{file} of the run before cannot be removed ({error}). Close what has it open.") from error
 
 
 def digest(values: Iterable[Any]) -> str:
@@ -80,10 +89,8 @@ def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
         "use a new run name or folder."
     )
     try:
-        before = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        before = read_json(folder / FILE, TrainingError, remedy="")
+    except TrainingError as error:
         raise TrainingError(
             f"{folder} holds a run's state, but {FILE} beside it does not say of which ({error}). {ways}"
         ) from None
