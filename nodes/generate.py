@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..hywu_core.condition import Condition as ConditionValue
 from ..hywu_core.files.lora_files import to_state_dict
-from ..hywu_core.host import conditions, folders, memory
+from ..hywu_core.host import conditions, folders, memory, streaming
 from .types import Condition, Generator, Lora
 
 
@@ -30,11 +30,12 @@ class HYWULoadGenerator(io.ComfyNode):
                     options=list(memory.WEIGHT_DTYPES),
                     default="default",
                     advanced=True,
-                    tooltip="What the weights are kept in. default: as stored. fp8_e4m3fn halves the memory of bfloat16 "
-                    "weights and costs some accuracy.",
+                    tooltip="What the weights are kept in. default: as stored. int8 and fp8_e4m3fn keep large matrices in "
+                    "half of what bfloat16 takes; int8 is the more exact of the two.",
                 ),
             ],
             outputs=[Generator.Output("generator", tooltip="Wire it into Generate Instance LoRA.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -44,7 +45,11 @@ class HYWULoadGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
-        return io.NodeOutput(memory.load(path, memory.WEIGHT_DTYPES[weight_dtype]))
+        handle = memory.load(path, memory.WEIGHT_DTYPES[weight_dtype])
+        show = streaming.on_node(cls.hidden.unique_id)
+        if show:
+            show(memory.describe(handle))
+        return io.NodeOutput(handle)
 
 
 class HYWUCondition(io.ComfyNode):

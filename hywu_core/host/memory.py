@@ -23,6 +23,7 @@ from ..files.checkpoint import GeneratorFiles, inspect_generator, save_generator
 from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
 from ..lora import InstanceLora
+from ..plan import plan, summary
 from . import engine
 from .conditions import from_host
 from .folders import FOLDER, SUFFIX
@@ -47,6 +48,9 @@ SAVE_DTYPES = {
 }
 
 
+EXAMPLE_LENGTH = 4096  # of a condition, to say what a generator needs
+
+
 class GeneratorHandle(NamedTuple):
     """What travels between nodes: a patcher that owns the weights, and what the generator is."""
 
@@ -60,6 +64,15 @@ class GeneratorHandle(NamedTuple):
     def generator(self) -> Generator:
         """The module; its weights are wherever the host put them."""
         return self.patcher.model
+
+
+def describe(handle: GeneratorHandle) -> str:
+    """One line for an artist: how large a generator is, what it writes, and what it needs to."""
+    needed = plan(handle.config, 1, EXAMPLE_LENGTH, handle.compute_dtype)
+    return (
+        f"{summary(handle.config, handle.patcher.model_size())}, {needed.peak / 1e9:.1f} GB to generate from a condition of "
+        f"{EXAMPLE_LENGTH:,} tokens"
+    )
 
 
 def load(path: Path, weight_dtype: torch.dtype | str | None = None) -> GeneratorHandle:
