@@ -111,6 +111,18 @@ class HYWUGenerateLoRA(io.ComfyNode):
                     types=[Condition, io.Conditioning],
                     tooltip="What the generator reads: a HY-WU condition, or the text encoder's CONDITIONING directly.",
                 ),
+                io.Float.Input(
+                    "keep_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.5,
+                    round=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep generated LoRAs on the disk, this many GB of them in all, so that the same edit is read "
+                    "the next time instead of generated. 0: keep none.",
+                ),
             ],
             outputs=[
                 Lora.Output("lora", tooltip="The generated LoRA, for Apply Generated LoRA and Save Instance LoRA."),
@@ -121,10 +133,10 @@ class HYWUGenerateLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, generator, condition):
+    def execute(cls, generator, condition, keep_gb=0.0):
         if not isinstance(condition, ConditionValue):
             condition = conditions.from_host(condition)
-        lora = memory.generate(generator, condition)
+        lora = memory.generate(generator, condition, int(keep_gb * 10**9))
         return io.NodeOutput(lora, to_state_dict(lora.select(0)))
 
 

@@ -20,6 +20,7 @@ from ..condition import OF_THE_BASE, Condition, assemble
 from ..config import GeneratorConfig
 from ..errors import ConditionError, SaveError
 from ..files.checkpoint import GeneratorFiles, inspect_generator, save_generator
+from ..files.lora_cache import LoraCache, key_of
 from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
 from ..lora import InstanceLora
@@ -147,9 +148,11 @@ def manage_training(generator: Generator) -> comfy.model_patcher.ModelPatcher:
     return patcher
 
 
-def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
+def generate(handle: GeneratorHandle, condition: Condition, keep: int = 0) -> InstanceLora:
     """Write the LoRA of a condition. Shows progress; the host's cancel button works between chunks.
 
+    Args:
+        keep: bytes of the disk that generated LoRAs may take, to be read when they are asked for again; 0: none.
     Returns:
         factors on the host's intermediate device, each layer moved there as soon as it is ready.
     Raises:
@@ -165,7 +168,16 @@ def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
 
-    return write(handle, tokens, progress).with_metadata(instruction=condition.instruction)
+    def make() -> InstanceLora:
+        return write(handle, tokens, progress)
+
+    if keep:
+        # the size tells a quantised generator from the plain one of the same file
+        key = key_of(tokens, handle.fingerprint, str(handle.compute_dtype), handle.patcher.model_size())
+        lora = LoraCache(folder_paths.get_system_user_directory(FOLDER), keep).get(key, make)
+    else:
+        lora = make()
+    return lora.with_metadata(instruction=condition.instruction, generator=handle.name)
 
 
 def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int], None] | None = None) -> InstanceLora:
