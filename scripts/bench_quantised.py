@@ -60,7 +60,7 @@ def errors(found: InstanceLora, expected: InstanceLora) -> dict[str, dict[str, f
 def _errors(names: list[str], found: InstanceLora, expected: InstanceLora) -> dict[str, float]:
     ours, theirs = ([lora.factors[name] for name in names] for lora in (found, expected))
     factors = [torch.cat([factor.flatten() for pair in pairs for factor in pair]) for pairs in (ours, theirs)]
-    changes = [torch.cat([(pair.up @ pair.down).flatten() for pair in pairs]) for pairs in (ours, theirs)]
+    changes = [torch.cat([(pair.up @ pair.down).flatten() for pair in pairs]).double() for pairs in (ours, theirs)]
     relative = [((a - b).norm() / b.norm()).item() for a, b in (factors, changes)]
     cosine = torch.nn.functional.cosine_similarity(*changes, dim=0).item()
     return {"factors": relative[0], "dW": relative[1], "cosine": cosine}
