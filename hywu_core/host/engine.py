@@ -52,7 +52,8 @@ def chunk_bytes(device: torch.device, config: GeneratorConfig, batch: int, lengt
     if comfy.model_management.is_device_cpu(device):
         return planned.chunk
     free = comfy.model_management.get_free_memory(device) - planned.block
-    return plan(config, batch, length, dtype, budget=planned.weights + free).chunk
+    # never less than was asked for: dynamic weights fill what is free, and give way
+    return max(planned.chunk, plan(config, batch, length, dtype, budget=planned.weights + free).chunk)
 
 
 class _Holder:
