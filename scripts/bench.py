@@ -74,10 +74,10 @@ def compare(ours: Callable, baseline: Callable, turns: int, inner: int = 1) -> R
 
 
 def generator_of(small: bool) -> tuple[Generator, torch.Tensor]:
-    """d_model 1,024, 4 layers of 5,516 positions, one block, a condition of 1,024 tokens: random weights."""
+    """d_model 1,024, 4 layers of 5,516 positions, two blocks, a condition of 1,024 tokens: random weights."""
     width, tokens, length = (128, (72, 66), 64) if small else (1024, (719, 660), 1024)
     config = GeneratorConfig(
-        d_model=width, head_dim=32 if small else 128, num_pg_layers=1, input_dim=width, output_dim=width // 4, rank=16,
+        d_model=width, head_dim=32 if small else 128, num_pg_layers=2, input_dim=width, output_dim=width // 4, rank=16,
         token_dim=width // 4, num_base_model_layers=4, alpha=16, dim_accumulation=4,
         pg_mapping={"q": {"lora_A_dim": width // 4 * tokens[0], "lora_B_dim": width // 4 * tokens[1]}},
     )  # fmt: skip
