@@ -211,7 +211,7 @@ def exact(machine: Machine) -> dict[str, float]:
             other = Generator(config, device="meta")
             state = {name: tensor.to(dtype) for name, tensor in plain.state_dict().items()}
             other.load_state_dict(state, assign=True)
-            handle = memory.wrap(other, "random", "")._replace(compute_dtype=dtype)
+            handle = memory.wrap(other, "random")._replace(compute_dtype=dtype)
             largest = largest_inside(other.to(machine.device), tokens.to(machine.device, dtype))
             lora = memory.write(handle, tokens)
             result = torch.cat([factor.float().cpu().flatten() for pair in lora.pairs for factor in pair])

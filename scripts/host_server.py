@@ -178,7 +178,7 @@ def _widget_inputs(schema: dict, values: list) -> dict[str, Any]:
         if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
             continue
         if not values:
-            # saved before this input was there: its default counts
+            # saved before the node had this widget: its default holds
             break
         inputs[name] = values.pop(0)
         if options.get("control_after_generate"):

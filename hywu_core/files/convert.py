@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SaveError
+from .atomic import atomic_write
 from .checkpoint import CONFIG_FILE, GeneratorFiles, inspect_generator
 from .quantised import MARK, SCALE, plain, quantised
-from .safetensors import atomic_write, open_safetensors, write_safetensors
+from .safetensors import open_safetensors, write_safetensors
 from .shards import INDEX_FILE
 
 MADE_FROM = "hywu_converted"  # in a shard's metadata: of which generator, and into what

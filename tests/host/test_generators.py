@@ -264,7 +264,7 @@ def test_the_host_can_load_it_again_by_itself(gen_2, golden):
 
 def test_a_generator_of_plain_layers_runs_like_any_other(gen_2, golden):
     """One that was trained here is put under the host's care as it is."""
-    handle = memory.wrap(load_generator(gen_2), "trained", "")
+    handle = memory.wrap(load_generator(gen_2), "trained")
     lora = memory.generate(handle, as_condition(golden["case1.condition"]))
     for name, pair in lora.factors.items():
         torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
