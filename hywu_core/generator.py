@@ -164,7 +164,8 @@ class Generator(nn.Module):
         self, layer: int, tokens: Tensor, device: torch.device, dtype: torch.dtype | None
     ) -> dict[str, LoraFactor]:
         """One layer's factors on their way out, each in a storage of its own, so that no padding is kept alive."""
-        if not torch.isfinite(tokens).all():  # asked once for the layer: every question waits for the device
+        # asked once for the layer, since every question waits for the device; in one pass, which knows NaN and infinity
+        if not torch.isfinite(torch.stack(tokens.aminmax())).all():
             raise GenerationError(
                 f"The generated LoRA is not finite in layer {layer}. The generator's weights or the condition hold NaN or "
                 "infinity, or the computation overflowed: try bfloat16 or float32 weights."

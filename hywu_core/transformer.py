@@ -249,7 +249,16 @@ class Tables:
 
     def grid(self, start: int = 0, stop: int | None = None) -> Rotary:
         """Two axes: the layer, and the position inside it. Rows start to stop of layers x positions."""
-        stop = self.num_layers * self.positions if stop is None else stop
+        rows = self.num_layers * self.positions
+        stop = rows if stop is None else stop
+        if (start, stop) == (0, rows):
+            # one for all blocks, whose graphs keep what they were given
+            if ("grid",) not in self._kept:
+                self._kept["grid",] = self._grid(start, stop)
+            return self._rotary(self._kept["grid",])
+        return self._rotary(self._grid(start, stop))
+
+    def _grid(self, start: int, stop: int) -> Tensor:
         half, size = self.head_dim // 2, self.positions
         layers = self._keep(("layer half",), torch.arange(self.num_layers).unsqueeze(-1), half)
         positions = self._keep(("position half",), torch.arange(size).unsqueeze(-1), half)
@@ -257,7 +266,7 @@ class Tables:
         for layer in range(start // size, -(-stop // size)):
             own = positions[max(start - layer * size, 0) : stop - layer * size]
             pieces.append(torch.cat((layers[layer].expand_as(own), own), dim=1))
-        return self._rotary(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def condition(self, length: int) -> Rotary:
         """Two axes, on their diagonal, behind every token position: condition token l sits at (o + l, o + l)."""

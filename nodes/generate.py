@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..hywu_core.condition import Condition as ConditionValue
-from ..hywu_core.host import conditions, folders, memory
+from ..hywu_core.host import conditions, folders, memory, streaming
 from ..hywu_core.host.lora import store
 from .types import Condition, Generator, Lora
 
@@ -30,11 +30,12 @@ class HYWULoadGenerator(io.ComfyNode):
                     options=list(memory.WEIGHT_DTYPES),
                     default="default",
                     advanced=True,
-                    tooltip="What the weights are kept in. default: as stored. fp8_e4m3fn halves the memory of bfloat16 "
-                    "weights and costs some accuracy.",
+                    tooltip="What the weights are kept in. default: as stored. int8 and fp8_e4m3fn keep large matrices in "
+                    "half of what bfloat16 takes; int8 is the more exact of the two.",
                 ),
             ],
             outputs=[Generator.Output("generator", tooltip="Wire it into Generate Instance LoRA.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -44,7 +45,11 @@ class HYWULoadGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
-        return io.NodeOutput(memory.load(path, memory.WEIGHT_DTYPES[weight_dtype]))
+        handle = memory.load(path, memory.WEIGHT_DTYPES[weight_dtype])
+        show = streaming.on_node(cls.hidden.unique_id)
+        if show:
+            show(memory.describe(handle))
+        return io.NodeOutput(handle)
 
 
 class HYWUCondition(io.ComfyNode):
@@ -106,6 +111,18 @@ class HYWUGenerateLoRA(io.ComfyNode):
                     types=[Condition, io.Conditioning],
                     tooltip="What the generator reads: a HY-WU condition, or the text encoder's CONDITIONING directly.",
                 ),
+                io.Float.Input(
+                    "keep_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.5,
+                    round=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep generated LoRAs on the disk, this many GB of them in all, so that the same edit is read "
+                    "the next time instead of generated. 0: keep none.",
+                ),
             ],
             outputs=[
                 Lora.Output("lora", tooltip="The generated LoRA, for Apply Generated LoRA and Save Instance LoRA."),
@@ -118,10 +135,10 @@ class HYWUGenerateLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, generator, condition):
+    def execute(cls, generator, condition, keep_gb=0.0):
         if not isinstance(condition, ConditionValue):
             condition = conditions.from_host(condition)
-        lora = memory.generate(generator, condition)
+        lora = memory.generate(generator, condition, int(keep_gb * 10**9))
         return io.NodeOutput(lora, store.for_the_host(lora))
 
 

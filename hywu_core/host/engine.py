@@ -52,7 +52,8 @@ def chunk_bytes(device: torch.device, config: GeneratorConfig, batch: int, lengt
     if comfy.model_management.is_device_cpu(device):
         return planned.chunk
     free = comfy.model_management.get_free_memory(device) - planned.block
-    return plan(config, batch, length, dtype, budget=planned.weights + free).chunk
+    # never less than was asked for: dynamic weights fill what is free, and give way
+    return max(planned.chunk, plan(config, batch, length, dtype, budget=planned.weights + free).chunk)
 
 
 class _Holder:
@@ -68,7 +69,7 @@ class _Holder:
         plain, fetched = Block(self.config, nn, device="meta"), []
         try:
             for name, layer in block.named_modules():
-                if hasattr(layer, "comfy_cast_weights"):
+                if layer._parameters:
                     fetched.append((layer, *self._fetch(layer)))
                     _lend(plain.get_submodule(name), *fetched[-1][1:3])
             yield plain
@@ -81,6 +82,11 @@ class _Holder:
 
     def _fetch(self, layer: nn.Module) -> tuple[Tensor, Tensor | None, tuple | None]:
         """A layer's weight and bias on the device, as tensors that no other layer's will overwrite."""
+        if not hasattr(layer, "comfy_cast_weights"):
+            # a plain layer, of a generator that was trained here
+            bias = getattr(layer, "bias", None)
+            bias = None if bias is None else bias.to(self.device, self.dtype)
+            return layer.weight.to(self.device, self.dtype), bias, None
         types = {"dtype": self.dtype, "device": self.device, "bias_dtype": self.dtype}
         if self.queue is None:
             return *comfy.ops.cast_bias_weight(layer, **types), None

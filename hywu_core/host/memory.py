@@ -19,10 +19,12 @@ from ..condition import OF_THE_BASE, Condition, assemble
 from ..config import GeneratorConfig
 from ..errors import ConditionError
 from ..files.checkpoint import GeneratorFiles, fingerprint, inspect_generator, save_generator
+from ..files.lora_cache import LoraCache, key_of
 from ..files.names import below
 from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
 from ..lora import InstanceLora
+from ..plan import plan, summary
 from . import engine
 from .conditions import from_host
 from .folders import FOLDER, SUFFIX
@@ -37,7 +39,6 @@ WEIGHT_DTYPES = {
     "int8": INT8,
 }
 
-
 # what weights that are stored otherwise are computed in: a generator is trained in bfloat16 and overflows in float16
 COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -49,6 +50,8 @@ SAVE_DTYPES = {
     "int8": INT8,
     "fp8_e4m3fn": FP8,
 }
+
+EXAMPLE_LENGTH = 4096  # of a condition, to say what a generator needs
 
 
 class GeneratorHandle(NamedTuple):
@@ -64,6 +67,15 @@ class GeneratorHandle(NamedTuple):
     def generator(self) -> Generator:
         """The module; its weights are wherever the host put them."""
         return self.patcher.model
+
+
+def describe(handle: GeneratorHandle) -> str:
+    """One line for an artist: how large a generator is, what it writes, and what it needs to."""
+    needed = plan(handle.config, 1, EXAMPLE_LENGTH, handle.compute_dtype)
+    return (
+        f"{summary(handle.config, handle.patcher.model_size())}, {needed.peak / 1e9:.1f} GB to generate from a condition of "
+        f"{EXAMPLE_LENGTH:,} tokens"
+    )
 
 
 def load(path: Path, weight_dtype: torch.dtype | str | None = None) -> GeneratorHandle:
@@ -140,9 +152,11 @@ def manage_training(generator: Generator) -> comfy.model_patcher.ModelPatcher:
     return patcher
 
 
-def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
+def generate(handle: GeneratorHandle, condition: Condition, keep: int = 0) -> InstanceLora:
     """Write the LoRA of a condition. Shows progress; the host's cancel button works between chunks.
 
+    Args:
+        keep: bytes of the disk that generated LoRAs may take, to be read when they are asked for again; 0: none.
     Returns:
         factors on the host's intermediate device, each layer moved there as soon as it is ready.
     Raises:
@@ -158,7 +172,15 @@ def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
 
-    return write(handle, tokens, progress).with_metadata(instruction=condition.instruction)
+    def make() -> InstanceLora:
+        return write(handle, tokens, progress)
+
+    if keep:
+        key = key_of(tokens, handle.fingerprint, str(handle.compute_dtype))
+        lora = LoraCache(folder_paths.get_system_user_directory(FOLDER), keep).get(key, make)
+    else:
+        lora = make()
+    return lora.with_metadata(instruction=condition.instruction, generator=handle.name)
 
 
 def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int], None] | None = None) -> InstanceLora:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hywu_core import CheckpointError, Generator, GeneratorConfig, load_generator, save_generator
+from hywu_core import CheckpointError, Generator, GeneratorConfig, SaveError, load_generator, save_generator
 from hywu_core.files.checkpoint import inspect_generator
+from hywu_core.files.convert import convert_generator
 from hywu_core.files.quantised import FP8, INT8, STORED, is_block_matrix, plain, quantise, quantised
 
 
@@ -109,3 +110,40 @@ def test_marks_are_what_the_host_reads(generator, kind):
     marks = [tensor for name, tensor in quantised(generator.state_dict(), kind) if name.endswith("comfy_quant")]
     read = [json.loads(bytes(mark.tolist())) for mark in marks]
     assert all(mark["format"] == kind for mark in read) and len(read) == 14 * len(generator.model.blocks)
+
+
+@pytest.mark.parametrize("kind", [INT8, FP8, torch.bfloat16])
+def test_a_stopped_conversion_goes_on_and_gives_what_saving_gives(generator, tmp_path, kind):
+    source, target = save_generator(generator, tmp_path / "plain.safetensors"), tmp_path / "converted"
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        raise StoppedError(line)
+
+    with pytest.raises(StoppedError):
+        convert_generator(source, target, kind, stop)
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        inspect_generator(target)
+    said = []
+    convert_generator(source, target, kind, said.append)
+    assert "already" in said[0] and not any("already" in line for line in said[1:])
+    assert len(said) == 1 + len(generator.model.blocks)
+    direct = load_generator(save_generator(generator, tmp_path / "direct.safetensors", kind)).state_dict()
+    converted = load_generator(target).state_dict()
+    assert all(torch.equal(tensor, converted[name]) for name, tensor in direct.items())
+    assert inspect_generator(target).quantised == (kind if isinstance(kind, str) else None)
+
+
+def test_a_conversion_touches_nothing_else(generator, tmp_path):
+    source, target = save_generator(generator, tmp_path / "plain.safetensors"), tmp_path / "converted"
+    convert_generator(source, target, INT8)
+    with pytest.raises(SaveError, match="of another conversion"):
+        convert_generator(source, target, FP8)
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(SaveError, match=r"holds other files \(notes\.txt\)"):
+        convert_generator(source, target, INT8)
+    with pytest.raises(SaveError, match="is a file"):
+        convert_generator(source, source, INT8)
+    assert load_generator(target).config == generator.config

@@ -262,6 +262,44 @@ def test_the_host_can_load_it_again_by_itself(gen_2, golden):
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
+def test_a_generator_of_plain_layers_runs_like_any_other(gen_2, golden):
+    """One that was trained here is put under the host's care as it is."""
+    handle = memory.wrap(load_generator(gen_2), "trained")
+    lora = memory.generate(handle, as_condition(golden["case1.condition"]))
+    for name, pair in lora.factors.items():
+        torch.testing.assert_close(pair.up, golden[f"case1.out.{name}.lora_B"], atol=2e-5, rtol=0)
+
+
+def test_a_batch_brings_each_block_once(gen_2, golden, fetched):
+    handle, tokens = memory.load(gen_2), golden["case1.condition"]
+    lora = memory.write(handle, torch.cat((tokens, tokens + 1, tokens - 1)))
+    layers = [m for m in handle.generator.model.blocks.modules() if hasattr(m, "comfy_cast_weights")]
+    assert lora.batch == 3 and {fetched[layer] for layer in layers} == {1}
+
+
+def test_what_was_kept_is_not_generated_again(gen_2, golden, monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "get_system_user_directory", lambda name: str(tmp_path / name))
+    condition = as_condition(golden["case1.condition"])._replace(instruction="make it blue")
+    generated, generate = [], Generator.generate
+
+    def counted(self, *args, **kwargs):
+        generated.append(self)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Generator, "generate", counted)
+    handle = memory.load(gen_2)
+    memory.generate(handle, condition)
+    assert not list(tmp_path.iterdir()), "off unless asked"
+    first, again = (memory.generate(memory.load(gen_2), condition, keep=10**9) for _ in range(2))
+    assert len(generated) == 2 and dict(first.metadata) == dict(again.metadata)
+    assert all(
+        torch.equal(a.up, b.up) and torch.equal(a.down, b.down) for a, b in zip(first.pairs, again.pairs, strict=True)
+    )
+    memory.generate(memory.load(gen_2, memory.WEIGHT_DTYPES["int8"]), condition, keep=10**9)
+    memory.generate(handle, as_condition(golden["case1.condition"] * 2), keep=10**9)
+    assert len(generated) == 4
+
+
 def test_progress_is_shown_and_cancel_works_between_chunks(gen_2, golden, monkeypatch):
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))

@@ -1,0 +1,94 @@
+"""Generated LoRAs kept on the disk, so that an edit that was generated once is only read again. Bounded in size; several
+processes may share one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError, SaveError
+from ..lora import InstanceLora, LoraFactor
+from .safetensors import open_safetensors, write_safetensors
+
+SUFFIX = ".lora.safetensors"
+VERSION = "1"  # of what is written; a change makes old entries unknown
+
+
+def key_of(tokens: Tensor, *settings: object) -> str:
+    """A name for what is generated: the assembled condition, bit for bit, and everything else that decides the result."""
+    digest = hashlib.sha256(f"{VERSION} {tokens.dtype} {tuple(tokens.shape)} {settings}".encode())
+    digest.update(tokens.detach().contiguous().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:40]
+
+
+class LoraCache:
+    """A folder of generated LoRAs, the least recently used ones leaving first.
+
+    Args:
+        limit: bytes that all entries may take. One that is larger by itself is not kept.
+    """
+
+    def __init__(self, folder: str | Path, limit: int):
+        self.folder, self.limit = Path(folder), limit
+
+    def get(self, key: str, make: Callable[[], InstanceLora]) -> InstanceLora:
+        """The LoRA of a key, read or made. What cannot be read is made, what cannot be written is not kept."""
+        found = self._read(key)
+        if found is not None:
+            return found
+        lora = make()
+        if lora.elements * lora.pairs[0].down.element_size() <= self.limit:
+            with suppress(SaveError):
+                self._write(key, lora)
+                self._evict(key)
+        return lora
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _read(self, key: str) -> InstanceLora | None:
+        path = self._path(key)
+        try:
+            with open_safetensors(path, LoraError) as handle:
+                told = json.loads((handle.metadata() or {})["hywu_lora"])
+                # in memory of its own: another process may remove the file at any time
+                pairs = {
+                    name: LoraFactor(*(handle.get_tensor(f"{number}.{part}").clone() for part in ("down", "up")))
+                    for number, name in enumerate(told["names"])
+                }
+            lora = InstanceLora(pairs, told["scale"], told["metadata"])
+        except (LoraError, OSError, ValueError, KeyError, TypeError, RuntimeError):
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return lora
+
+    def _write(self, key: str, lora: InstanceLora) -> None:
+        tensors = {}
+        for number, pair in enumerate(lora.pairs):
+            tensors |= {f"{number}.down": pair.down, f"{number}.up": pair.up}
+        told = {"names": lora.names, "scale": lora.scale, "metadata": dict(lora.metadata)}
+        write_safetensors(self._path(key), tensors, {"format": "pt", "hywu_lora": json.dumps(told)})
+
+    def _evict(self, newest: str) -> None:
+        """Remove the least recently used entries until the rest fits; others may do the same at the same time."""
+        entries = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            with suppress(OSError):
+                about = path.stat()
+                entries.append((path.name == self._path(newest).name, about.st_mtime, about.st_size, path))
+        total = sum(size for *_, size, _ in entries)
+        for _, _, size, path in sorted(entries):
+            if total <= self.limit:
+                return
+            with suppress(OSError):
+                path.unlink()
+            total -= size
