@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import ConditionError
 from .config import BaseConfig
-from .edit import KEY, Edit
+from .edit import KEY, Edit, opened
 from .moe import TOKENS_AT_ONCE
 from .prefix_cache import with_prefix_cache
 from .transformer import HunyuanImage3
@@ -48,6 +48,7 @@ class HostModel(comfy.model_base.BaseModel):
                 "HunyuanImage-3 reads a CONDITIONING that only the node HunyuanImage-3 Edit makes, but this one comes from "
                 "elsewhere. Wire that node's positive and negative outputs into the sampler."
             )
+        edit = opened(kwargs["cross_attn"], edit)
         sequence = edit.sequence(tuple(kwargs["noise"].shape[-2:]))
         conds = {
             "ids": comfy.conds.CONDRegular(torch.tensor([sequence.ids])),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -61,6 +62,16 @@ class BaseFiles(NamedTuple):
             for module, names in modules.items():
                 weights = {name: self._weight(name, shards, dtype) for name in names}
                 yield module, weights | self._beside(module, shards)
+
+    def memory_of_its_own(self, dtype: torch.dtype) -> int:
+        """Bytes that the diffusion model's weights take beside the mapped files: what is stacked or cast."""
+        stored = {name: header.dtype for name, header in self.headers.items()}
+        copied = (
+            shape
+            for name, shape in decoder_shapes(self.config).items()
+            if name not in self.kinds and DTYPES.get(stored.get(name)) is not dtype
+        )
+        return sum(math.prod(shape) for shape in copied) * dtype.itemsize
 
     def part(self, *prefixes: str, strip: str = "") -> dict[str, Tensor]:
         """Weights whose names begin so, memory-mapped, without the prefix `strip` and without what is unused."""
