@@ -91,8 +91,8 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
                     default="auto",
                     tooltip="auto; pixels as height x width, as the model itself writes them; or a ratio as width : "
                     "height. 1024x768 and 3:4 are both a portrait. The nearest of the model's sizes is taken. auto: the "
-                    "latent of this node has the first picture's shape, that of HunyuanImage-3 Condition the shape that the model "
-                    "chooses.",
+                    "latent of this node has the first picture's shape, that of HunyuanImage-3 Condition the shape that "
+                    "the model chooses.",
                 ),
                 io.Int.Input(
                     "seed",
