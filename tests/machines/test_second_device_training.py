@@ -9,8 +9,6 @@ from hywu_core import Generator
 from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer
 
-STEPS = 2
-
 
 class Pairs:
     """Random latents, each with a conditioning of its own."""
@@ -29,13 +27,16 @@ class Pairs:
 
 def train(device):
     family = families.FAMILIES["flux_double"]()
-    generator = Generator(families.generator_config(family)).initialize()
+    generator, source = Generator(families.generator_config(family)).initialize(), torch.Generator().manual_seed(4)
+    with torch.no_grad():  # a fresh one writes zeros, through which no gradient comes
+        for parameter in generator.parameters():
+            parameter += torch.randn(parameter.shape, generator=source) * 0.02
     objective = DiffusionObjective(family.model)
     objective.prepare()
     generator.to(device)
-    config = TrainConfig(steps=STEPS, batch=2, learning_rate=1e-2, warmup=1)
+    config = TrainConfig(steps=1, batch=2, warmup=0)
     trainer = Trainer(GeneratorTrainable(generator), objective, Pairs(family), config)
-    return [trainer.step().loss for _ in range(STEPS)], generator
+    return trainer.step().loss, generator
 
 
 def test_a_step_is_the_cpus():
@@ -46,4 +47,4 @@ def test_a_step_is_the_cpus():
         assert all(isinstance(parameter.data, Elsewhere) for parameter in generator.parameters())
     assert found == pytest.approx(expected, rel=1e-4)
     for name, parameter in known.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-2)
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-3)
