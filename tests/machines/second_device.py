@@ -146,7 +146,7 @@ def _there(value):
     machine = Machine.active
     if machine is not None and value.dtype in machine.lacks:
         raise TypeError(f"This device has no {value.dtype}.")
-    return Elsewhere(value)
+    return Elsewhere(value.resolve_conj().resolve_neg())  # the wrapper cannot say that its numbers are yet to be turned
 
 
 def _check(func, args, tensors, elsewhere):
