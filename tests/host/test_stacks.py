@@ -91,9 +91,9 @@ def test_a_model_without_a_stack_is_one_clear_error():
             "adm_in_channels": None, "use_linear_in_transformer": False, "legacy": False,
         }
     )  # fmt: skip
-    model = build(config)
+    base = build(config).model
     with pytest.raises(model.StackError, match="no stack of like blocks"):
-        model.choose_stack(model.model)
+        model.choose_stack(base)
 
 
 def test_wrong_names_say_what_there_is():

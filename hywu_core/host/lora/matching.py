@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import comfy.lora
-import torch
 
 from ...errors import MatchError
-from ...layout import Placement, beside_the_router, place
+from ...layout import Placement, place
 from ...lora import InstanceLora, LoraFactor
+from ..model import Layer, clean, layers
+from .experts import other_place
 
 ROOT = "diffusion_model"
 SHOWN = 4
@@ -23,6 +24,8 @@ class Match(NamedTuple):
     module: str  # path below the base's diffusion_model
     start: int  # first output row
     length: int | None  # number of output rows; None: all of them
+    # features lie in the second axis of what the module gives (a 1x1 convolution), not in the last
+    channels_first: bool = False
 
     @property
     def key(self) -> str:
@@ -60,23 +63,22 @@ def match(lora: InstanceLora, base: Any) -> Matches:
     Raises:
         MatchError: if nothing matches, or a matching layer has another shape.
     """
-    diffusion_model = getattr(base, ROOT)
-    modules = dict(diffusion_model.named_modules())
+    carriers = layers(getattr(base, ROOT))
     foreign: dict[str, Any] | None = None
     matched, missing = [], []
     for name, pair in lora.factors.items():
         where = place(name, pair.up.shape[-2], pair.grouped)
-        if where.module not in modules and beside_the_router(where.module) in modules:
-            where = where._replace(module=beside_the_router(where.module))
-        if where.module not in modules:
+        if where.module not in carriers and other_place(where.module) in carriers:
+            where = where._replace(module=other_place(where.module))
+        if where.module not in carriers:
             foreign = comfy.lora.model_lora_keys_unet(base, {}) if foreign is None else foreign
             where = _resolve(name, foreign)
-        module = modules.get(where.module) if where else None
-        if module is None or not hasattr(module, "in_features"):
+        layer = carriers.get(where.module) if where else None
+        if layer is None:
             missing.append(name)
             continue
-        _check_shape(name, pair, where, module)
-        matched.append(Match(name, pair, where.module, where.start, where.length))
+        _check_shape(name, pair, where, layer)
+        matched.append(Match(name, pair, where.module, where.start, where.length, layer.channels_first))
     matches = Matches(tuple(matched), tuple(missing))
     if not matched:
         raise MatchError(_nothing_matches(lora, base, matches))
@@ -89,7 +91,7 @@ def _resolve(name: str, table: dict[str, Any]) -> Placement | None:
         if found is None:
             continue
         key, offset = (found, None) if isinstance(found, str) else (found[0], found[1])
-        module = key.removeprefix(f"{ROOT}.").removesuffix(".weight")
+        module = clean(key.removeprefix(f"{ROOT}.").removesuffix(".weight"))
         if offset is None:
             return Placement(module)
         if offset[0] == 0:  # a slice of output rows; a slice of inputs is not expressible beside the forward
@@ -97,20 +99,19 @@ def _resolve(name: str, table: dict[str, Any]) -> Placement | None:
     return None
 
 
-def _check_shape(name: str, pair: LoraFactor, where: Placement, module: torch.nn.Module) -> None:
-    experts = getattr(module, "num_experts", None)
-    lead = () if experts is None else (experts,)
-    rows = module.out_features if where.length is None else where.length
-    expected = (*lead, rows, module.in_features)
+def _check_shape(name: str, pair: LoraFactor, where: Placement, layer: Layer) -> None:
+    lead = () if layer.experts is None else (layer.experts,)
+    rows = layer.out_features if where.length is None else where.length
+    expected = (*lead, rows, layer.in_features)
     found = (*pair.up.shape[1:-1], pair.down.shape[-1])
-    fits = found == expected and where.start + rows <= module.out_features
+    fits = found == expected and where.start + rows <= layer.out_features
     if where.total is not None:
-        fits = fits and where.total == module.out_features
+        fits = fits and where.total == layer.out_features
     if not fits:
         raise MatchError(
             f"{name}: the LoRA changes a weight of shape {found}, but {where.module} of this model has rows "
-            f"{where.start} to {where.start + rows} of ({module.out_features}, {module.in_features})"
-            f"{'' if experts is None else f' in each of {experts} experts'}. "
+            f"{where.start} to {where.start + rows} of ({layer.out_features}, {layer.in_features})"
+            f"{'' if layer.experts is None else f' in each of {layer.experts} experts'}. "
             "The LoRA was generated for another base; load the base that its generator was trained for."
         )
 
