@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import ConditionError
 from .config import BaseConfig
 from .edit import KEY, Edit, opened
-from .moe import TOKENS_AT_ONCE
+from .moe import ROWS_AT_ONCE
 from .prefix_cache import with_prefix_cache
 from .transformer import HunyuanImage3
 from .vae import Latent
@@ -101,8 +101,8 @@ def working_memory(config: BaseConfig, dtype: torch.dtype, rows: int, tokens: in
     head_numbers = config.num_key_value_heads * config.attention_head_dim
     cache = 2 * head_numbers * config.num_hidden_layers * number
     activations = 8 * config.hidden_size * number + config.qkv_features * (3 * 4 + number)
-    chunk = min(tokens * rows, TOKENS_AT_ONCE) * config.moe_topk
-    expert_rows = chunk * (2 * config.hidden_size + 4 * config.moe_intermediate_size) * number
+    chunk = min(tokens * rows * config.moe_topk, ROWS_AT_ONCE)
+    expert_rows = chunk * 2 * (config.hidden_size + config.moe_intermediate_size) * number
     bank = config.num_experts * 3 * config.moe_intermediate_size * config.hidden_size * number
     return rows * tokens * (cache + activations) + expert_rows + bank
 
