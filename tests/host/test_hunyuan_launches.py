@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hywu_core.bases.hunyuan_image3.prefix_cache import GrowingKeysValues
 from hywu_core.host.lora import grouped
 from hywu_core.host.lora.experts import ExpertBank
 from hywu_core.host.lora.grouped import Routing
@@ -65,6 +66,28 @@ def test_chunks_are_all_rows_in_order_and_about_equal(chosen, most):
     assert experts == [expert for expert, _ in routing.parts()]
     for chunk in chunks:
         assert sum(part.stop - part.start for _, part in chunk.parts()) == len(chunk.order)
+
+
+def test_single_experts_come_from_pinned_memory_where_they_are(chosen):
+    bank, x = ExpertBank(EXPERTS, 16, 24), torch.randn(3, 16)
+    bank.weight.data = torch.full((EXPERTS, 24, 16), float("nan"))
+    bank.weight_function = []
+    kept = torch.randn(EXPERTS, 24, 16)
+    assert bank._expert_alone(x, 5).isnan().all()
+    bank._pins = {"weights-loaded": {"pin": kept.view(torch.uint8).flatten(), "registered": True}}
+    torch.testing.assert_close(bank._expert_alone(x, 5), x @ kept[5].T)
+
+
+def test_keys_and_values_grow_in_place():
+    source = torch.Generator().manual_seed(0)
+    steps = [tuple(torch.randn(1, 2, length, 4, generator=source) for _ in range(2)) for length in (5, 1, 1)]
+    growing, places = GrowingKeysValues(7), set()
+    for index, own in enumerate(steps):
+        found = growing.add(own)
+        places |= {part.data_ptr() for part in found}
+        expected = [torch.cat(parts, dim=2) for parts in zip(*steps[: index + 1], strict=True)]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert len(places) == 2 and growing.length == 7
 
 
 @pytest.mark.parametrize("most", [10, 100])

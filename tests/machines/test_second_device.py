@@ -17,9 +17,11 @@ from second_device import DEVICE, Machine, host_on
 from hywu_core import InstanceLora
 from hywu_core.bases.hunyuan_image3 import Choice, for_sampler, load, read_edit, reason
 from hywu_core.bases.hunyuan_image3.convert import convert
+from hywu_core.bases.hunyuan_image3.transformer import HunyuanImage3
 from hywu_core.condition import CONDITIONING, Condition, ConditionPart
 from hywu_core.host import memory
 from hywu_core.host.lora.apply import apply_lora
+from hywu_core.host.lora.experts import Rows
 
 KINDS = ("plain", "dynamic", "streaming")
 STEPS = 2
@@ -123,3 +125,25 @@ def test_a_bypass_makes_nothing_wait(machine, family):
         waits.append(machine.waits - before)
     assert waits[1] == waits[2]
     assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[1], pictures[2])
+
+
+def test_reasoning_brings_single_experts_only_where_banks_have_no_room(machine, base, monkeypatch, request):
+    brought, alone = [], Rows._expert_alone
+    monkeypatch.setattr(Rows, "_expert_alone", lambda bank, x, e: brought.append(e) or alone(bank, x, e))
+    model, _, encoder = load(base, torch.float32)
+    asked, copied = tiny.golden_edit(encoder), []
+    decode = HunyuanImage3.decode
+
+    def counted(*args):
+        before = machine.counts["to_device"]
+        hidden = decode(*args)
+        copied.append(machine.counts["to_device"] - before)
+        return hidden
+
+    monkeypatch.setattr(HunyuanImage3, "decode", counted)
+    reason(model, asked, "recaption", choice=Choice(temperature=0), most_tokens=4)
+    assert len(copied) == 3
+    if request.node.callspec.params["machine"] == "streaming":
+        assert brought
+    else:
+        assert not brought and copied[-1] == 0

@@ -19,6 +19,27 @@ MOST = 2  # entries: the conditional and the unconditional row, where they do no
 KeysValues = tuple[Tensor, Tensor]  # (B, key/value heads, tokens, head_dim) each
 
 
+class GrowingKeysValues:
+    """Keys and values of one layer while tokens are added, in memory for all of them.
+
+    Args:
+        most: tokens that it can hold.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.length = most, 0
+        self._all: KeysValues | None = None
+
+    def add(self, own: KeysValues) -> KeysValues:
+        """Those of more tokens; gives everybody's, without a copy."""
+        if self._all is None:
+            self._all = tuple(part.new_empty(*part.shape[:2], self.most, part.shape[3]) for part in own)
+        start, self.length = self.length, self.length + own[0].shape[2]
+        for whole, part in zip(self._all, own, strict=True):
+            whole[:, :, start : self.length] = part
+        return tuple(whole[:, :, : self.length] for whole in self._all)
+
+
 class PrefixKey(NamedTuple):
     """Everything that the prefix is computed from, except the weights, which stay as they are during a run."""
 

@@ -13,7 +13,6 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy_aimdo.model_vbar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from ...errors import MatchError
 from .grouped import Routing, add_low_rank
 from .matching import Match
+from .pages import has_a_page
 
 
 class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
@@ -36,7 +36,7 @@ class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         """The factor on x's device in x's dtype, in memory of its own. The buffers that the host streams weights through hold
         one weight each, and a bank of experts may stand in them while its adapters run.
         """
-        if not self._has_a_page():
+        if not has_a_page(self):
             yield comfy.model_management.cast_to(self.weight, x.dtype, x.device)
             return
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
@@ -44,11 +44,6 @@ class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             yield weight
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-
-    def _has_a_page(self) -> bool:
-        """Whether the host's dynamic memory has room for it on the device."""
-        page = getattr(self, "_v", None)
-        return page is not None and comfy_aimdo.model_vbar.vbar_fault(page) is not None
 
 
 class Adapter(torch.nn.Module):

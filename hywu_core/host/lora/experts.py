@@ -19,6 +19,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from .grouped import Routing, grouped_is_fast, grouped_linear
+from .pages import has_a_page, pinned
 
 
 class ForeignMixture(NamedTuple):
@@ -88,6 +89,10 @@ class Rows:
             with self.bank_resident(x):
                 yield
 
+    def _expert_of(self, weight: Tensor, expert: int) -> Tensor:
+        """(out, in) of one expert of a whole bank."""
+        return self._expert_qt_from(weight, expert) if isinstance(weight, QuantizedTensor) else weight[expert]
+
     def _dense(self) -> bool:
         """Whether `_matrix` may be asked while the bank is on hand; else only `expert_linear` knows how to multiply."""
         return False
@@ -101,12 +106,16 @@ class Rows:
         return None
 
     def _is_elsewhere(self, x: Tensor) -> bool:
-        """Patches that are added on the way want the whole bank."""
+        """Patches that are added on the way want the whole bank; and under dynamic memory its weight always says that it is
+        on the CPU, so the host is asked.
+        """
         patched = self.weight_function or getattr(self, "weight_lowvram_function", None)
-        return self.weight.device != x.device and not patched
+        return self.weight.device != x.device and not patched and not has_a_page(self)
 
     def _expert_alone(self, x: Tensor, expert: int) -> Tensor:
-        weight = self.expert_weight(expert).to(x.device)
+        kept = pinned(self)
+        weight = self._expert_of(self.weight if kept is None else kept, expert)
+        weight = weight.to(x.device, non_blocking=comfy.model_management.device_supports_non_blocking(x.device))
         weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
         return F.linear(x, weight.to(x.dtype))
 
@@ -169,10 +178,8 @@ class QuantizedRows(Rows):
         return self._full_precision_mm or not fast
 
     def _matrix(self, expert: int) -> Tensor:
-        weight = self._resident_bank[0]
-        return (
-            self._expert_qt_from(weight, expert).dequantize() if isinstance(weight, QuantizedTensor) else weight[expert]
-        )
+        weight = self._expert_of(self._resident_bank[0], expert)
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
 
 @contextmanager
