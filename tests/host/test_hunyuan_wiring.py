@@ -82,3 +82,15 @@ def test_an_official_folder_that_does_not_fit_into_memory_is_refused(folder, mon
     converted = convert(folder, tmp_path / "fp8", "fp8", CPU, lambda _: None)
     assert loader.inspect_base(converted).memory_of_its_own(torch.bfloat16) == 0
     assert loader.load_model(converted, torch.bfloat16)
+
+
+def test_the_banks_on_their_way_are_counted_as_they_are_stored(folder, tmp_path):
+    official = loader.load_model(folder, torch.bfloat16).model
+    quantised = loader.load_model(convert(folder, tmp_path / "fp8", "fp8", CPU, lambda _: None), torch.bfloat16).model
+    config = official.config
+    numbers = config.num_experts * 3 * config.moe_intermediate_size * config.hidden_size
+    assert official.diffusion_model.model.layers[0].mlp.experts.stored_bytes() == 2 * numbers
+    scales = 2 * 1024  # of the two banks; the host keeps each tensor at a boundary of its own
+    assert quantised.diffusion_model.model.layers[0].mlp.experts.stored_bytes() == numbers + scales
+    shape = [2, 8, 1, 14, 18]
+    assert official.memory_required(shape) - quantised.memory_required(shape) == 2 * (numbers - scales)

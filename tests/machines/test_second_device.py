@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import comfy.model_management
+import comfy.model_prefetch
 import comfy.sample
 import families
 import hunyuan_tiny as tiny
 import pytest
+import second_device
 import torch
 from dynamic import Vbar, dynamic_vram
 from safetensors.torch import load_file
 from second_device import DEVICE, Machine, host_on
 
-from hywu_core import InstanceLora
+from hywu_core import InstanceLora, LoraFactor
 from hywu_core.bases.hunyuan_image3 import Choice, for_sampler, load, read_edit, reason
 from hywu_core.bases.hunyuan_image3.convert import convert
 from hywu_core.bases.hunyuan_image3.transformer import HunyuanImage3
@@ -147,3 +149,58 @@ def test_reasoning_brings_single_experts_only_where_banks_have_no_room(machine, 
         assert brought
     else:
         assert not brought and copied[-1] == 0
+
+
+@pytest.fixture
+def events(machine, monkeypatch):
+    """What happens in the order in which it does: the host fetches a layer ahead, or the CPU waits for the device."""
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 2)
+    seen, pop, count = [], comfy.model_prefetch.prefetch_queue_pop, second_device._count
+
+    def popped(queue, device, module):
+        if queue is not None:
+            seen.append("fetch")
+        return pop(queue, device, module)
+
+    def counted(*args):
+        before = machine.waits
+        count(*args)
+        seen.extend(["wait"] * (machine.waits - before))
+
+    monkeypatch.setattr(comfy.model_prefetch, "prefetch_queue_pop", popped)
+    monkeypatch.setattr(second_device, "_count", counted)
+    return seen
+
+
+def test_a_layer_waits_once_before_its_experts_and_the_next_is_fetched_behind_them(machine, events, base, request):
+    """So that the next layer's weights travel while the device works through the experts. LoRAs, also one for each picture,
+    make nothing wait.
+    """
+    model, _, encoder = load(base, torch.float32)
+    asked = tiny.golden_edit(encoder)
+    lora = memory.generate(memory.load(tiny.FIXTURES / "pg_tiny"), read_edit(model, asked).condition)
+    two = InstanceLora(
+        {name: LoraFactor(*(torch.cat((part, part * 0.5)) for part in pair)) for name, pair in lora.factors.items()},
+        lora.scale,
+    )
+    layers, found = len(model.model.diffusion_model.model.layers), []
+    for applied in (model, apply_lora(model, lora)[0], apply_lora(model, two)[0]):
+        positive, negative, latent = for_sampler(asked._replace(batch=2))
+        samples = latent["samples"]
+        noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(0))
+        events.clear()
+        comfy.sample.sample(applied, noise, STEPS, 3.0, "euler", "simple", positive, negative, samples, seed=0)
+        found.append(list(events))
+    assert found[0] == found[1] == found[2]
+    if request.node.callspec.params["machine"] != "plain":
+        told = " ".join(found[0])
+        passes = told.split(" ".join(["fetch", "wait"] * layers + ["fetch"]))
+        assert len(passes) - 1 == STEPS and "fetch" not in "".join(passes)
+
+
+def test_a_prefill_fetches_ahead_and_a_token_does_not(machine, events, base, request):
+    model, _, encoder = load(base, torch.float32)
+    events.clear()
+    reason(model, tiny.golden_edit(encoder), "recaption", choice=Choice(temperature=0), most_tokens=3)
+    layers = len(model.model.diffusion_model.model.layers)
+    assert events.count("fetch") == (0 if request.node.callspec.params["machine"] == "plain" else layers + 1)

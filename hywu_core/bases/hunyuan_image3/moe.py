@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.memory_management
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class Experts(nn.Module):
     def __init__(self, gate_and_up_proj: nn.Module, down_proj: nn.Module):
         super().__init__()
         self.gate_and_up_proj, self.down_proj = gate_and_up_proj, down_proj
+
+    def stored_bytes(self) -> int:
+        """What the banks take as they are stored, quantised or not."""
+        return comfy.memory_management.vram_aligned_size([self.gate_and_up_proj.weight, self.down_proj.weight])
 
     def route(self, x: Tensor, chosen: Tensor) -> Routing:
         """Sort chosen experts (B, L, k). How many rows each has is asked for here, before any product, so that afterwards the

@@ -73,7 +73,7 @@ def prepare(model: comfy.model_patcher.ModelPatcher, edit: Edit, sequence: Seque
             "generator reads is what that base itself sees."
         )
     dtype, alone = base.get_dtype_inference(), bare(model)
-    room = working_memory(edit.config, dtype, 1, sequence.layout.length + more_tokens)
+    room = working_memory(decoder, dtype, 1, sequence.layout.length + more_tokens)
     comfy.model_management.load_models_gpu([alone], memory_required=room)
     device, options = alone.load_device, {"prefetch_dynamic_vbars": alone.is_dynamic()}
     scale = edit.config.vae.scaling_factor
