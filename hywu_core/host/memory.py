@@ -36,9 +36,6 @@ WEIGHT_DTYPES = {
 }
 
 
-# what weights that are stored otherwise are computed in: a generator is trained in bfloat16 and overflows in float16
-COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
-
 SAVE_DTYPES = {
     "as trained": None,
     "bfloat16": torch.bfloat16,
@@ -214,7 +211,9 @@ def _fingerprint(generator: Generator) -> str:
 
 def _compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     device = comfy.model_management.get_torch_device()
-    return comfy.model_management.unet_manual_cast(weight_dtype, device, COMPUTE_DTYPES) or weight_dtype
+    # a generator overflows in float16, which the host would rather take for what its device cannot compute with
+    supported = [torch.bfloat16, torch.float32]
+    return comfy.model_management.unet_manual_cast(weight_dtype, device, supported) or weight_dtype
 
 
 def _free_path(name: str) -> Path:
