@@ -172,11 +172,6 @@ def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
     return torch.where(length > 0, dot / length.clamp(min=torch.finfo(length.dtype).tiny), torch.zeros_like(length))
 
 
-def _exact(factor: Tensor) -> Tensor:
-    """In float64, which not every device has."""
-    return factor.cpu().double()
-
-
 def _squared_norm(lora: InstanceLora) -> Tensor:
     return lora.scale**2 * sum(_over_experts(inner(pair, pair)) for pair in lora.pairs).clamp(min=0)
 
@@ -216,3 +211,8 @@ def _check_pair(name: str, pair: LoraFactor) -> None:
             f"{name}: the factors {tuple(down.shape)} and {tuple(up.shape)} do not fit together, "
             "expected (B, r, in) with (B, out, r), or (B, E, r, in) with (B, E, out, r)."
         )
+
+
+def _exact(factor: Tensor) -> Tensor:
+    """In float64, which not every device has."""
+    return factor.cpu().double()
