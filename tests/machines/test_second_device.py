@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.model_prefetch
 import comfy.sample
@@ -204,3 +205,17 @@ def test_a_prefill_fetches_ahead_and_a_token_does_not(machine, events, base, req
     reason(model, tiny.golden_edit(encoder), "recaption", choice=Choice(temperature=0), most_tokens=3)
     layers = len(model.model.diffusion_model.model.layers)
     assert events.count("fetch") == (0 if request.node.callspec.params["machine"] == "plain" else layers + 1)
+
+
+def test_weights_are_read_from_their_files_to_the_device(machine, base, monkeypatch, request):
+    if request.node.callspec.params["machine"] == "plain":
+        pytest.skip("the plain patcher knows nothing of files")
+    model, _, encoder = load(base, torch.bfloat16)
+    linear = model.model.diffusion_model.model.layers[0].self_attn.qkv_proj
+    assert linear.weight.untyped_storage()._comfy_tensor_file_slice.size == linear.weight.nbytes
+    monkeypatch.setattr(Vbar, "from_files", 0)
+    with_files = read_edit(model, tiny.golden_edit(encoder)).condition.parts[0].tokens
+    assert Vbar.from_files > 0
+    monkeypatch.setattr(comfy.memory_management, "read_tensor_file_slice_into", lambda *args, **named: False)
+    again = load(base, torch.bfloat16)[0]
+    assert torch.equal(read_edit(again, tiny.golden_edit(encoder)).condition.parts[0].tokens, with_files)

@@ -12,11 +12,13 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import comfy.memory_management
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -110,13 +112,20 @@ class Shards(ExitStack):
 
     def __init__(self):
         super().__init__()
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, Callable[[str], Tensor]] = {}
+        self.callback(self._open.clear)
 
     def tensor(self, name: str, header: Header) -> Tensor:
-        """Memory-mapped: its bytes are read when they are used."""
+        """Memory-mapped: its bytes are read when they are used. Under dynamic VRAM the host maps it, so that it knows where
+        in which file a weight is, and can read it from there to the device.
+        """
         if header.shard not in self._open:
-            self._open[header.shard] = self.enter_context(open_safetensors(header.shard, CheckpointError))
-        return self._open[header.shard].get_tensor(name)
+            if comfy.memory_management.aimdo_enabled:
+                self._open[header.shard] = comfy.utils.load_safetensors(str(header.shard))[0].__getitem__
+            else:
+                shard = self.enter_context(open_safetensors(header.shard, CheckpointError))
+                self._open[header.shard] = shard.get_tensor
+        return self._open[header.shard](name)
 
 
 def inspect_base(folder: str | Path) -> BaseFiles:
