@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+import comfy.model_management
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,9 +92,11 @@ class Routing:
 
 def grouped_is_fast(x: Tensor) -> bool:
     """Whether torch multiplies rows of this kind with all experts at once, without waiting for their numbers."""
-    if x.dtype is not torch.bfloat16 or not x.is_cuda or sys.platform != "linux":
+    management = comfy.model_management
+    nvidia = management.is_nvidia() and management.is_device_cuda(x.device)
+    if x.dtype is not torch.bfloat16 or not nvidia or sys.platform != "linux":
         return False
-    return torch.cuda.get_device_capability(x.device)[0] in FAST_GROUPED
+    return torch.get_device_module(x.device).get_device_capability(x.device)[0] in FAST_GROUPED
 
 
 def grouped_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
