@@ -219,3 +219,19 @@ def test_weights_are_read_from_their_files_to_the_device(machine, base, monkeypa
     monkeypatch.setattr(comfy.memory_management, "read_tensor_file_slice_into", lambda *args, **named: False)
     again = load(base, torch.bfloat16)[0]
     assert torch.equal(read_edit(again, tiny.golden_edit(encoder)).condition.parts[0].tokens, with_files)
+
+
+def test_a_step_waits_once_for_its_prefix_and_once_for_each_layer(machine, base, request):
+    if request.node.callspec.params["machine"] != "plain":
+        pytest.skip("the same steps")
+    model, _, encoder = load(base, torch.float32)
+    positive, negative, latent = for_sampler(tiny.golden_edit(encoder))
+    noise = torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(0))
+    waits = []
+    for steps in (2, 4, 7):
+        before = machine.waits
+        comfy.sample.sample(model, noise, steps, 3.0, "euler", "simple", positive, negative, latent["samples"], seed=0)
+        waits.append(machine.waits - before)
+    layers = len(model.model.diffusion_model.model.layers)
+    # and the schedule, which the host reads number by number before the first step
+    assert waits[2] - waits[1] == 3 * (layers + 1 + 1)
