@@ -3,14 +3,22 @@
 import importlib.util
 from pathlib import Path
 
+import comfy.ops
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from hywu_core.bases.hunyuan_image3.moe import MixtureOfExperts
 from hywu_core.bases.hunyuan_image3.prefix_cache import GrowingKeysValues
 from hywu_core.host.lora import grouped
+from hywu_core.host.lora.apply import wrapped_forwards
+from hywu_core.host.lora.bank import Adapter
 from hywu_core.host.lora.experts import ExpertBank
 from hywu_core.host.lora.grouped import Routing
+from hywu_core.host.lora.matching import Match
+from hywu_core.host.training.objective import GraphFactor
+from hywu_core.lora import LoraFactor
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SAMPLES, LENGTH, TOP, EXPERTS = 2, 9, 2, 7
@@ -88,6 +96,43 @@ def test_keys_and_values_grow_in_place():
         expected = [torch.cat(parts, dim=2) for parts in zip(*steps[: index + 1], strict=True)]
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
     assert len(places) == 2 and growing.length == 7
+
+
+def test_gradients_of_a_lora_on_experts_are_those_of_changed_weights():
+    """In float64, against one graph over the weights W + B . A."""
+    source = torch.Generator().manual_seed(5)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=source, dtype=torch.float64) * 0.3
+
+    mixture = MixtureOfExperts(8, 6, EXPERTS, TOP, comfy.ops.disable_weight_init, dtype=torch.float64)
+    for parameter in mixture.parameters():
+        parameter.data = random(*parameter.shape)
+    mixture.requires_grad_(False)
+    base, x = nn.ModuleDict({"mlp": mixture}), random(SAMPLES, LENGTH, 8)
+    places = {"gate_and_up_proj": ((0, 6, 8), (6, 6, 8)), "down_proj": ((0, 8, 6),)}
+    parts, pairs = {}, []
+    for name, halves in places.items():
+        path = f"mlp.experts.{name}"
+        for start, rows, columns in halves:
+            pair = LoraFactor(random(1, EXPERTS, 3, columns), random(1, EXPERTS, rows, 3))
+            pairs.append((name, start, LoraFactor(*(part.requires_grad_() for part in pair))))
+            adapter = Adapter(Match(path, pairs[-1][2], path, start, rows), 0.5, GraphFactor)
+            parts.setdefault(path, []).append((adapter, 1.0))
+    weights = random(SAMPLES, LENGTH, 8)
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, [part for _, _, pair in pairs for part in pair])
+
+    with wrapped_forwards(base, parts):
+        found = gradients((mixture(x) * weights).sum())
+    changed = {}
+    for name in places:
+        deltas = [0.5 * pair.up[0] @ pair.down[0] for owner, _, pair in pairs if owner == name]
+        changed[f"experts.{name}.weight"] = getattr(mixture.experts, name).weight + torch.cat(deltas, dim=1)
+    expected = gradients((torch.func.functional_call(mixture, changed, x.requires_grad_()) * weights).sum())
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("most", [10, 100])
