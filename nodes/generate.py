@@ -138,7 +138,7 @@ class HYWUGenerateLoRA(io.ComfyNode):
     def execute(cls, generator, condition, keep_gb=0.0):
         if not isinstance(condition, ConditionValue):
             condition = conditions.from_host(condition)
-        lora = memory.generate(generator, condition, int(keep_gb * 10**9))
+        lora = memory.generate(generator, condition, keep_gb)
         return io.NodeOutput(lora, store.for_the_host(lora))
 
 

@@ -152,11 +152,11 @@ def manage_training(generator: Generator) -> comfy.model_patcher.ModelPatcher:
     return patcher
 
 
-def generate(handle: GeneratorHandle, condition: Condition, keep: int = 0) -> InstanceLora:
+def generate(handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0) -> InstanceLora:
     """Write the LoRA of a condition. Shows progress; the host's cancel button works between chunks.
 
     Args:
-        keep: bytes of the disk that generated LoRAs may take, to be read when they are asked for again; 0: none.
+        keep_gb: GB of the disk that generated LoRAs may take, to be read when they are asked for again; 0: none.
     Returns:
         factors on the host's intermediate device, each layer moved there as soon as it is ready.
     Raises:
@@ -175,9 +175,9 @@ def generate(handle: GeneratorHandle, condition: Condition, keep: int = 0) -> In
     def make() -> InstanceLora:
         return write(handle, tokens, progress)
 
-    if keep:
+    if keep_gb:
         key = key_of(tokens, handle.fingerprint, str(handle.compute_dtype))
-        lora = LoraCache(folder_paths.get_system_user_directory(FOLDER), keep).get(key, make)
+        lora = LoraCache(folder_paths.get_system_user_directory(FOLDER), int(keep_gb * 1e9)).get(key, make)
     else:
         lora = make()
     return lora.with_metadata(instruction=condition.instruction, generator=handle.name)

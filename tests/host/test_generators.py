@@ -290,13 +290,13 @@ def test_what_was_kept_is_not_generated_again(gen_2, golden, monkeypatch, tmp_pa
     handle = memory.load(gen_2)
     memory.generate(handle, condition)
     assert not list(tmp_path.iterdir()), "off unless asked"
-    first, again = (memory.generate(memory.load(gen_2), condition, keep=10**9) for _ in range(2))
+    first, again = (memory.generate(memory.load(gen_2), condition, keep_gb=1) for _ in range(2))
     assert len(generated) == 2 and dict(first.metadata) == dict(again.metadata)
     assert all(
         torch.equal(a.up, b.up) and torch.equal(a.down, b.down) for a, b in zip(first.pairs, again.pairs, strict=True)
     )
-    memory.generate(memory.load(gen_2, memory.WEIGHT_DTYPES["int8"]), condition, keep=10**9)
-    memory.generate(handle, as_condition(golden["case1.condition"] * 2), keep=10**9)
+    memory.generate(memory.load(gen_2, memory.WEIGHT_DTYPES["int8"]), condition, keep_gb=1)
+    memory.generate(handle, as_condition(golden["case1.condition"] * 2), keep_gb=1)
     assert len(generated) == 4
 
 
