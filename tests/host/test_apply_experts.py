@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from toy_mixture import LAYERS, stacked
 
 from hywu_core import InstanceLora, LoraFactor
-from hywu_core.files.lora_files import from_state_dict, to_peft_state_dict, to_state_dict
+from hywu_core.files.lora_files import METADATA_KEY, from_state_dict, to_peft_state_dict, to_state_dict
+from hywu_core.host.lora import foreign
 from hywu_core.host.lora.apply import apply_lora
 from hywu_core.host.lora.bank import delta_of
 from hywu_core.host.lora.experts import Rows
@@ -129,8 +130,9 @@ def test_every_sample_has_its_own_experts(toy, lora, golden):
 @pytest.mark.parametrize("dialect", [to_state_dict, to_peft_state_dict])
 @pytest.mark.parametrize("mode", ["bypass", "merge"])
 def test_files_carry_experts(toy, lora, golden, dialect, mode):
-    patched, _ = apply_lora(toy, from_state_dict(dialect(lora)), 1.0, mode)
-    close(toy.model.run(patched, golden["x1.in"]), golden["x1.out_lora"])
+    for back in (from_state_dict(dialect(lora)), foreign.read(dialect(lora), {METADATA_KEY: "{}"})):
+        patched, _ = apply_lora(toy, back, 1.0, mode)
+        close(toy.model.run(patched, golden["x1.in"]), golden["x1.out_lora"])
 
 
 def test_experts_of_another_number_are_refused(toy, lora):

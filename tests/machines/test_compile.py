@@ -62,7 +62,7 @@ def compiled_in_place(model, backend="eager"):
 @pytest.mark.parametrize(
     ("mode", "keys", "backend"),
     [
-        ("auto", WHOLE, "eager"),
+        ("auto", BLOCKS, "eager"),
         ("bypass", WHOLE, "eager"),
         ("bypass", BLOCKS, "eager"),
         ("bypass", BLOCKS, "aot_eager"),

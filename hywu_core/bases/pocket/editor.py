@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors, write_safetensors
+from ...files.text import parse_json
 
 CONFIG_KEY = "pocket_editor_config"  # of the file's metadata
 FLUX_WIDTH, FLUX_PATCH = 3072, 2  # what the host's memory estimate for Flux was measured on, patch in latent pixels
@@ -85,8 +86,11 @@ def load_editor(path: str | Path, disable_dynamic: bool = False):
                 f"{path} is not a pocket editor: its metadata has no {CONFIG_KEY!r}. Reinstall the pack."
             )
         state = {name: handle.get_tensor(name) for name in handle.keys()}
-    values = json.loads(text)
-    config = EditorConfig(**values | {"axes_dim": tuple(values["axes_dim"])})
+    values = parse_json(text, f"{path} ({CONFIG_KEY})", CheckpointError)
+    try:
+        config = EditorConfig(**values | {"axes_dim": tuple(values["axes_dim"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a pocket editor: its {CONFIG_KEY} is damaged ({error!r}).") from None
     patcher = editor_from_state(state, config, disable_dynamic)
     patcher.cached_patcher_init = (load_editor, (str(path),))
     return patcher

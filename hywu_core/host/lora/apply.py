@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import comfy.weight_adapter
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
@@ -29,8 +28,9 @@ from ...lora import InstanceLora
 from ..model import clean, is_compiled, submodule
 from .bank import Bank, bank_patcher
 from .experts import ExpertLoraAdapter, foreign_bank
+from .foreign import Patch
 from .forwards import Beside, Part, blocks_not_replayed, replaced_forwards
-from .matching import Match, Matches, match
+from .matching import Match, Matches, as_adapter, match
 
 KEY = "hywu"
 COMPILE_KEY = "torch.compile"  # the host's own, of its TorchCompileModel node
@@ -83,8 +83,8 @@ def apply_lora(
     Args:
         strength: any sign; 0 gives an unchanged clone.
         mode: "merge" rewrites weights through the host's patches; "bypass" adds beside the forward and suits quantised,
-            offloaded and mixture-of-experts bases, batches and schedules; "auto" is bypass, unless the model is compiled
-            and merging can do what is asked.
+            offloaded and mixture-of-experts bases, batches and schedules; "auto" is bypass, and merge where that cannot do
+            it: on compiled models if merging can, and for what of a LoRA cannot stand beside a layer.
         start, end: fractions of the sampling schedule between which the LoRA acts.
     Returns:
         the clone, and what matched.
@@ -100,15 +100,20 @@ def apply_lora(
     clone = model.clone()
     if strength == 0:
         return clone, matches
-    if mode == "auto":
-        mode = "merge" if _compiled(model) and _merging_can(lora, matches.matched, model, start, end) else "bypass"
-    if mode == "merge":
-        _check_merge(lora, matches.matched, model, start, end)
-        _merge(clone, matches.matched, lora.scale, strength)
+    inside = mode == "merge" or (mode == "auto" and _compiled(model) and _merging_can(lora, matches, model, start, end))
+    if inside:
+        _check_merge(lora, matches, model, start, end)
+        _merge(clone, [_as_patch(found, lora.scale) for found in matches.matched], strength)
     else:
-        bank = bank_patcher(matches.matched, lora.scale, clone.load_device)
-        _bypass(clone, bank, Applied(bank.model, strength, start, end, bank.clone_base_uuid))
-    logging.info("HY-WU: %s (%s).", matches, mode)
+        _check_beside(matches, mode, start, end)
+        if matches.matched:
+            bank = bank_patcher(matches.matched, lora.scale, clone.load_device)
+            _bypass(clone, bank, Applied(bank.model, strength, start, end, bank.clone_base_uuid))
+    if matches.patches:
+        _check_object_patches(_keys(matches.patches), model)
+        _merge(clone, [patch for _, patches in matches.patches for patch in patches], strength)
+    matches = matches._replace(how=_how(matches, inside))
+    logging.log(logging.WARNING if matches.missing else logging.INFO, "HY-WU: %s (%s).", matches, matches.how)
     return clone, matches
 
 
@@ -228,22 +233,54 @@ def _bypass(clone: comfy.model_patcher.ModelPatcher, bank: comfy.model_patcher.M
     clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), bank])
 
 
-def _merge(clone: comfy.model_patcher.ModelPatcher, matched: tuple[Match, ...], scale: float, strength: float) -> None:
-    patches, live = {}, _live_keys(clone)
-    for found in matched:
-        down, up = found.pair.down[0], found.pair.up[0]
-        alpha = float(
-            torch.tensor(scale * found.pair.rank)
-        )  # rounded as in a LoRA file, so that both give the same bits
-        adapter = ExpertLoraAdapter if found.pair.grouped else comfy.weight_adapter.LoRAAdapter
-        rows_axis = 1 if found.pair.grouped else 0
-        key = live.get(found.key, found.key)
-        key = key if found.length is None else (key, (rows_axis, found.start, found.length))
-        patches[key] = adapter(set(), (up, down, alpha, None, None, None))
-    accepted = clone.add_patches(patches, strength)
-    if len(accepted) != len(patches):
-        refused = sorted(str(key) for key in patches.keys() - set(accepted))
-        raise MatchError(f"This model keeps no weight that can be merged into at {refused[0]}. Use the mode bypass.")
+def _how(matches: Matches, inside: bool) -> str:
+    if inside:
+        return "merge"
+    return f"bypass; merged: {matches.kinds}" if matches.patches else "bypass"
+
+
+def _as_patch(found: Match, scale: float) -> Patch:
+    adapter = as_adapter(found.pair, scale)
+    if found.pair.grouped:
+        adapter = ExpertLoraAdapter(set(), adapter.weights)
+    rows_axis = 1 if found.pair.grouped else 0
+    key = found.key if found.length is None else (found.key, (rows_axis, found.start, found.length))
+    return Patch(key, adapter, "LoRA")
+
+
+def _merge(clone: comfy.model_patcher.ModelPatcher, patches: Sequence[Patch], strength: float) -> None:
+    """Hand patches to the host, which takes one for each key at a time: two names may stand for one weight."""
+    rounds: list[dict[Any, Patch]] = []
+    live = _live_keys(clone)
+    for patch in (patch._replace(key=_live(patch.key, live)) for patch in patches):
+        free = next((r for r in rounds if patch.key not in r and _strength_of(r) == patch.strength), None)
+        if free is None:
+            rounds.append(free := {})
+        free[patch.key] = patch
+    for keys in rounds:
+        accepted = clone.add_patches({key: patch.value for key, patch in keys.items()}, strength * _strength_of(keys))
+        if len(accepted) != len(keys):
+            refused = sorted(str(key) for key in keys.keys() - set(accepted))
+            raise MatchError(
+                f"This model keeps no weight that can be merged into at {refused[0]}. Use the mode bypass."
+            )
+
+
+def _strength_of(patches: dict[Any, Patch]) -> float:
+    return next(iter(patches.values())).strength
+
+
+def _check_beside(matches: Matches, mode: Mode, start: float, end: float) -> None:
+    """What acts on a weight as a whole cannot stand beside its layer, and cannot be taken out for a part of the sampling."""
+    if not matches.patches:
+        return
+    remedy = "Use the mode merge or auto, or ComfyUI's own LoRA loader."
+    if start > 0 or end < 1:
+        raise MatchError(
+            f"This LoRA has {matches.kinds}, which is in the weights for the whole schedule. Let it act from 0 to 1. {remedy}"
+        )
+    if mode == "bypass":
+        raise MatchError(f"This LoRA has {matches.kinds}, which cannot stand beside a layer. {remedy}")
 
 
 def _check_mergeable(lora: InstanceLora, start: float, end: float) -> None:
@@ -270,28 +307,30 @@ def _check_banks(matched: tuple[Match, ...], base: Any) -> None:
             )
 
 
-def _check_object_patches(matched: tuple[Match, ...], model: comfy.model_patcher.ModelPatcher) -> None:
+def _check_object_patches(keys: Iterable[str], model: comfy.model_patcher.ModelPatcher) -> None:
     """The host puts an object in the place of a block before it loads weights, and then finds no patch of the names below."""
-    compiled = [name for name, put in model.object_patches.items() if isinstance(put, nn.Module) and is_compiled(put)]
-    for found in matched:
+    patched = model.object_patches.items()
+    compiled = [name for name, put in patched if isinstance(put, nn.Module) and is_compiled(put)]
+    for key in keys if compiled else ():
         for name in compiled:
-            if found.key.startswith(f"{name}."):
+            if key.startswith(f"{name}."):
                 raise MatchError(
                     f"Another node has put a compiled block in the place of {name}, and the host merges nothing into such a "
                     "one. Use the mode bypass, or a compile node that compiles while sampling."
                 )
 
 
+def _keys(patches: Iterable[tuple[str, Sequence[Patch]]]) -> Iterator[str]:
+    for _, those in patches:
+        yield from (patch.key if isinstance(patch.key, str) else patch.key[0] for patch in those)
+
+
 def _check_merge(
-    lora: InstanceLora,
-    matched: tuple[Match, ...],
-    model: comfy.model_patcher.ModelPatcher,
-    start: float,
-    end: float,
+    lora: InstanceLora, matches: Matches, model: comfy.model_patcher.ModelPatcher, start: float, end: float
 ) -> None:
     _check_mergeable(lora, start, end)
-    _check_banks(matched, model.model)
-    _check_object_patches(matched, model)
+    _check_banks(matches.matched, model.model)
+    _check_object_patches((found.key for found in matches.matched), model)
 
 
 def _merging_can(*asked: Any) -> bool:
@@ -309,6 +348,11 @@ def _live_keys(clone: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
     # another clone's object patches go with its weights
     comfy.model_management.unload_model_and_clones(clone, unload_additional_models=False)
     return {clean(key): key for key in clone.model.state_dict()}
+
+
+def _live(key: Any, live: dict[str, str]) -> Any:
+    """A key of the host's add_patches, with the weight's name as it is now."""
+    return live.get(key, key) if isinstance(key, str) else (live.get(key[0], key[0]), *key[1:])
 
 
 def _compiled(model: comfy.model_patcher.ModelPatcher) -> bool:

@@ -42,11 +42,12 @@ class Beside:
     def __init__(self):
         self.forward: Callable | None = None
         self.parts: list[Part] = []
+        # in any call so far: packs that cache skip whole blocks at some steps
         self.ran = False
 
     def start(self, forward: Callable, parts: list[Part]) -> None:
         """Stand in for `forward`."""
-        self.forward, self.parts, self.ran = forward, parts, False
+        self.forward, self.parts = forward, parts
 
     def stop(self) -> None:
         """Let go of the module and of the adapters."""
