@@ -1,4 +1,4 @@
-"""Instance-conditioned LoRA generation. This package needs torch only; what needs ComfyUI is in `host` and `bases`."""
+"""Instance-conditioned LoRA generation. This package needs torch, numpy and safetensors; `host` and `bases` need ComfyUI."""
 
 from .config import GeneratorConfig
 from .errors import (

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .chunked import generate_layers
+from .chunked import Engine, generate_layers
 from .config import GeneratorConfig
 from .errors import ConditionError, GenerationError
 from .layout import detokenize, full_name, target_names, targets
 from .lora import InstanceLora, LoraFactor
+from .plan import LEAST_CHUNK, plan
 from .transformer import EncoderLayer, Tables, TokenTransformer
 
 
@@ -71,7 +72,7 @@ class Generator(nn.Module):
             normal_(self.model.proj_out_A.weight, 0.02)
         return self
 
-    def context(self, condition: Tensor) -> Tensor:
+    def context(self, condition: Tensor, tables: Tables) -> Tensor:
         """condition (B, L, input_dim) or (B, 1, L, input_dim) -> (B, L, d).
 
         Raises:
@@ -85,16 +86,14 @@ class Generator(nn.Module):
                 f"(batch, length, {self.config.input_dim}). Use the condition that it was trained with."
             )
         x = self.hidden_in(condition)
-        if self.encoder:
-            table = Tables(self.config, x.device).condition(x.shape[1])
-            for layer in self.encoder:
-                x = layer(x, table)
+        for layer in self.encoder:
+            x = layer(x, tables.condition(x.shape[1]))
         return self.model.norm_input(x)
 
     def tokens(self, condition: Tensor) -> Tensor:
         """The token grid (B, N, T, r, token_dim) of a condition, graph kept."""
-        context = self.context(condition)
-        tables = Tables(self.config, context.device)
+        tables = Tables(self.config, condition.device)
+        context = self.context(condition, tables)
         x = self.model.initial_tokens(context.device, context.dtype)
         x = x.expand(context.shape[0], -1, -1, -1)
         for block in self.model.blocks:
@@ -117,6 +116,7 @@ class Generator(nn.Module):
         result_dtype: torch.dtype | None = None,
         chunk_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        engine: Engine = Engine(),  # noqa: B008 (a value, never changed)
     ) -> InstanceLora:
         """The LoRA of a condition, in bounded memory, without a graph.
 
@@ -126,17 +126,30 @@ class Generator(nn.Module):
             result_device, result_dtype: where each layer's factors go as soon as they are ready, and as what.
             chunk_bytes: what intermediate tensors may take beside the token grid; a sensible share of it by default.
             progress: called with (done, total) between chunks. What it raises ends the run: this is how to cancel.
+            engine: what the device's owner brings to the run.
         Raises:
             ConditionError: for a condition of another width.
-            GenerationError: naming the layer, when a factor is not finite.
+            GenerationError: naming the layer, when a factor is not finite; or when memory runs out with the smallest chunks.
         """
-        with torch.no_grad():
-            context = self.context(condition.to(dtype or next(self.parameters()).dtype))
-            tables = Tables(self.config, context.device)
-            layers = [
-                self._deliver(index, tokens, torch.device(result_device), result_dtype)
-                for index, tokens in enumerate(generate_layers(self.model, context, tables, chunk_bytes, progress))
-            ]
+        condition = condition.to(dtype or next(self.parameters()).dtype)
+        device = torch.device(result_device)
+        try:
+            with torch.no_grad():
+                tables = Tables(self.config, condition.device, engine.rotation)
+                context = self.context(condition, tables)
+                chunk_bytes = chunk_bytes or plan(self.config, *context.shape[:2], context.dtype).chunk
+                run = generate_layers(self.model, context, tables, chunk_bytes, progress, engine)
+                layers = [self._deliver(index, tokens, device, result_dtype) for index, tokens in enumerate(run)]
+        except Exception as error:
+            if not engine.is_out_of_memory(error):
+                raise
+            batch, length = condition.shape[0], condition.shape[-2]
+            needed = plan(self.config, batch, length, condition.dtype, chunk_bytes=LEAST_CHUNK)
+            raise GenerationError(
+                f"Out of memory on {condition.device} although the work was split as far as it goes. Beside its weights the "
+                f"generator needs {needed.peak / 1e9:.1f} GB for this condition of {length:,} tokens. "
+                "Close other programs, use a smaller or quantised generator, or a shorter condition."
+            ) from error
         return self.assemble(layers)
 
     def layer_factors(self, tokens: Tensor) -> dict[str, LoraFactor]:

@@ -131,14 +131,24 @@ def blend(loras: Sequence[InstanceLora], weights: Sequence[float]) -> InstanceLo
     return InstanceLora(factors, 1.0, {"blend": [dict(lora.metadata) for lora in loras]})
 
 
-def truncate(lora: InstanceLora, rank: int) -> InstanceLora:
+def truncate(lora: InstanceLora, rank: int, progress: Callable[[int, int], None] | None = None) -> InstanceLora:
     """The best LoRA of at most `rank` (Eckart-Young), from the factors alone.
 
     With QR of both factors, up @ down = Q_u (R_u R_d^T) Q_d^T, so only an r x r matrix meets the SVD.
+
+    Args:
+        progress: called with (done, total) after every target; what it raises ends the work.
+    Raises:
+        LoraError: for a rank below 1, or factors that are not finite.
     """
     if rank < 1:
         raise LoraError(f"The rank must be at least 1, got {rank}.")
-    return lora.map(lambda pair: pair if pair.rank <= rank else _truncate(pair, rank))
+    factors = {}
+    for done, (name, pair) in enumerate(zip(lora.names, lora.pairs, strict=True), 1):
+        factors[name] = pair if pair.rank <= rank else _truncate(name, pair, rank)
+        if progress:
+            progress(done, len(lora.names))
+    return InstanceLora(factors, lora.scale, lora.metadata)
 
 
 def inner(a: LoraFactor, b: LoraFactor) -> Tensor:
@@ -164,31 +174,73 @@ def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
 
     It is gauge-invariant: it compares the products B.A, which many factor pairs share, never A and B themselves.
     """
-    if set(a.names) != set(b.names):
-        raise LoraError("Only LoRAs of the same targets can be compared.")
-    pairs = [(pair, b.factors[name]) for name, pair in a.factors.items()]
-    dot = sum(_over_experts(inner(x, y)) for x, y in pairs) * (a.scale * b.scale)
-    length = (_squared_norm(a) * _squared_norm(b)).sqrt()
-    return torch.where(length > 0, dot / length.clamp(min=torch.finfo(length.dtype).tiny), torch.zeros_like(length))
+    return cosines([a, b])[0, 1]
 
 
-def _squared_norm(lora: InstanceLora) -> Tensor:
-    return lora.scale**2 * sum(_over_experts(inner(pair, pair)) for pair in lora.pairs).clamp(min=0)
+def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] | None = None) -> Tensor:
+    """`cosine` between every two of N LoRAs: (N, N, B). Holds the factors of one target in float64 at a time.
+
+    Args:
+        progress: called with (done, total) after every target; what it raises ends the work.
+    Raises:
+        LoraError: if they have not the same targets of the same shapes, or batches that differ and are not 1.
+    """
+    _check_alike(loras)
+    count, names = len(loras), loras[0].names
+    factors = [dict(zip(lora.names, lora.pairs, strict=True)) for lora in loras]
+    products = torch.zeros(count, count, max(lora.batch for lora in loras), dtype=torch.float64)
+    for done, name in enumerate(names, 1):
+        pairs = [LoraFactor(*(factor.double() for factor in found[name])) for found in factors]
+        for i in range(count):
+            for j in range(i, count):
+                both = loras[i].scale * loras[j].scale * _over_experts(inner(pairs[i], pairs[j])).cpu()
+                products[i, j] += both
+                if j > i:
+                    products[j, i] += both
+        if progress:
+            progress(done, len(names))
+    squares = products.diagonal().T.clamp(min=0)  # (N, B)
+    lengths = (squares.unsqueeze(0) * squares.unsqueeze(1)).sqrt()
+    return torch.where(lengths > 0, products / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
+
+
+def _check_alike(loras: Sequence[InstanceLora]) -> None:
+    first = loras[0]
+    for number, lora in enumerate(loras[1:], 2):
+        if set(lora.names) != set(first.names):
+            apart = sorted(set(lora.names) ^ set(first.names))
+            raise LoraError(
+                "Only LoRAs of the same targets can be compared: of the first and number "
+                f"{number}, only one has {apart[0]} ({len(apart)} such targets)."
+            )
+        mine = dict(zip(first.names, first.pairs, strict=True))
+        for name, pair in zip(lora.names, lora.pairs, strict=True):
+            if _place_of(pair) != _place_of(mine[name]):
+                raise LoraError(f"{name} has different shapes in the LoRAs to compare; they belong to different bases.")
+    batches = sorted({lora.batch for lora in loras})
+    if len(set(batches) - {1}) > 1:
+        raise LoraError(f"LoRAs of the batch sizes {batches} cannot be compared. Choose one instance of each.")
 
 
 def _over_experts(values: Tensor) -> Tensor:
     return values.sum(-1) if values.ndim == 2 else values
 
 
+def _place_of(pair: LoraFactor) -> tuple[int, ...]:
+    """(experts, if it is a bank of them, inputs, outputs) of the weight that a pair belongs to."""
+    return (*pair.down.shape[1:-2], pair.down.shape[-1], pair.up.shape[-2])
+
+
 def _concatenate(name: str, pairs: list[LoraFactor], batch: int) -> LoraFactor:
-    shapes = {(p.down.ndim, p.down.shape[-1], p.up.shape[-2], *p.down.shape[1:-2]) for p in pairs}
-    if len(shapes) > 1:
+    if len({_place_of(pair) for pair in pairs}) > 1:
         raise LoraError(f"{name} has different shapes in the LoRAs to blend; they belong to different bases.")
     pairs = [LoraFactor(*(t.expand(batch, *t.shape[1:]) for t in p)) for p in pairs]
     return LoraFactor(torch.cat([p.down for p in pairs], dim=-2), torch.cat([p.up for p in pairs], dim=-1))
 
 
-def _truncate(pair: LoraFactor, rank: int) -> LoraFactor:
+def _truncate(name: str, pair: LoraFactor, rank: int) -> LoraFactor:
+    if not all(torch.isfinite(factor).all() for factor in pair):
+        raise LoraError(f"{name} holds NaN or infinity, of which there is no nearest LoRA. Save or generate it again.")
     q_up, r_up = torch.linalg.qr(pair.up.double())
     q_down, r_down = torch.linalg.qr(pair.down.double().mT)
     left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)

@@ -13,7 +13,8 @@ Parameter names are those of the released checkpoint.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ from .layout import token_counts
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
+# Fused attention kernels index with 32 bits and map the leading axis to a grid axis of 65,535.
+MOST_SEQUENCES = 65_535
+MOST_PADDED = 2**31
+NO_COMPLEX = ("mps", "privateuseone")  # types of devices without complex numbers
 
 
 def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -32,28 +37,67 @@ def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     Args:
         positions: (rows, axes) integer positions; head_dim / axes must be even.
     Returns:
-        two tensors (rows, head_dim / 2), float32.
+        two tensors (rows, head_dim / 2), float32, on the CPU.
     """
     width = head_dim // positions.shape[-1]
     # float64 as long as the angle is large: position 10,000 has no exact fraction of a turn left in float32
     steps = torch.arange(0, width, 2, dtype=torch.float64) / width
-    angles = positions.cpu().double().unsqueeze(-1) * ROPE_THETA**-steps
+    angles = positions.double().unsqueeze(-1) * ROPE_THETA**-steps
     angles = angles.flatten(-2)
-    return angles.cos().float().to(positions.device), angles.sin().float().to(positions.device)
+    return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn neighbouring pairs of each head of x (..., h, rows, head_dim) by the table's angles (rows, head_dim / 2)."""
+class Rotation(NamedTuple):
+    """How neighbouring pairs of a head are turned; the host may bring a kernel of its own."""
+
+    table: Callable[[Tensor, Tensor], Tensor]  # cosines and sines (rows, head_dim / 2) -> (rows, head_dim / 2, ...)
+    turn: Callable[[Tensor, Tensor], Tensor]  # heads (..., h, rows, head_dim) and a table -> heads
+
+
+def turn_complex(x: Tensor, table: Tensor) -> Tensor:
+    """One product a pair, in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    turn = torch.complex(*(part.to(wide.dtype) for part in table))
-    pairs = torch.view_as_complex(
-        wide.unflatten(-1, (-1, 2)).contiguous()
-    )  # one product a pair, not four and their sums
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+def matrices(cos: Tensor, sin: Tensor) -> Tensor:
+    """(rows, head_dim / 2) each -> 2 x 2 matrices (rows, head_dim / 2, 2, 2) that turn a pair."""
+    return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
+
+
+def turn_real(x: Tensor, table: Tensor) -> Tensor:
+    """The same without complex numbers."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 1, 2))
+    turned = torch.addcmul(table[..., 0] * wide[..., 0], table[..., 1], wide[..., 1])
+    return turned.flatten(-2).to(x.dtype)
+
+
+COMPLEX, REAL = Rotation(torch.complex, turn_complex), Rotation(matrices, turn_real)
+
+
+class Rotary(NamedTuple):
+    """Turns heads (..., h, rows, head_dim) by the angles of their rows."""
+
+    table: Tensor  # (rows, head_dim / 2, ...)
+    turn: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        return self.turn(heads, self.table)
+
+    def rows(self, part: slice) -> Rotary:
+        """The same for some of the rows."""
+        return self._replace(table=self.table[part])
+
+
+Fused = tuple[Tensor, Tensor]  # the weights and biases of queries, keys and values, one below the other
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; keys and values may come from elsewhere."""
+    """Multi-head attention with rotary positions; keys and values may come from elsewhere.
+
+    Heads are (..., h, rows, head_dim).
+    """
 
     def __init__(self, d_model: int, heads: int, operations: Any, **factory):
         super().__init__()
@@ -63,19 +107,47 @@ class Attention(nn.Module):
         self.W_v = operations.Linear(d_model, d_model, **factory)
         self.W_o = operations.Linear(d_model, d_model, **factory)
 
-    def keys_values(self, context: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """context (..., rows, d) -> two of (..., h, rows, head_dim)."""
-        return rotate(self._split(self.W_k(context)), table), self._split(self.W_v(context))
+    def fused(self) -> Fused | None:
+        """Queries, keys and values as one product; None where a layer is more than its weight (casts, quantisation)."""
+        layers = (self.W_q, self.W_k, self.W_v)
+        if any(type(layer) is not nn.Linear or type(layer.weight.data) is not Tensor for layer in layers):
+            return None
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
-        """x (..., rows, d) -> (..., rows, d)."""
-        queries = rotate(self._split(self.W_q(x)), table)
+    def queries(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """x (..., rows, d) -> heads."""
+        return rotary(self._split(self.W_q(x)))
+
+    def keys_values(self, context: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """context (..., rows, d) -> heads of each."""
+        return rotary(self._split(self.W_k(context))), self._split(self.W_v(context))
+
+    def queries_keys_values(self, x: Tensor, rotary: Rotary, fused: Fused | None = None) -> tuple[Tensor, ...]:
+        """x (..., rows, d) -> heads of each."""
+        if fused is None:
+            return self.queries(x, rotary), *self.keys_values(x, rotary)
+        queries, keys, values = (self._split(part) for part in F.linear(x, *fused).chunk(3, dim=-1))
+        return rotary(queries), rotary(keys), values
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Heads of each -> (..., rows, d)."""
         # fused kernels take one leading axis; with two, all scores would be written out
-        attended = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (queries, *keys_values)))
-        return self.W_o(attended.view_as(queries).transpose(-2, -3).flatten(-2))
+        flat = [heads.flatten(0, -4) for heads in (queries, keys, values)]
+        most = _most_sequences(flat[0], flat[1])
+        pieces = zip(*(heads.split(most) for heads in flat), strict=True)
+        attended = [F.scaled_dot_product_attention(*piece) for piece in pieces]
+        whole = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return self.W_o(whole.view_as(queries).transpose(-2, -3).flatten(-2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+
+
+def _most_sequences(queries: Tensor, keys: Tensor) -> int:
+    """How many sequences of (n, h, rows, head_dim) one attention kernel may take, forward and backward."""
+    heads, rows, width = queries.shape[1:]
+    padded = -(-max(rows, keys.shape[-2]) // 128) * 128
+    return max(1, min(MOST_SEQUENCES, MOST_PADDED // (heads * padded * max(width, 32))))
 
 
 class FeedForward(nn.Module):
@@ -88,7 +160,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        return self.fc2(F.silu(self.fc1(x)))
+        hidden = self.fc1(x)
+        return self.fc2(F.silu(hidden, inplace=not hidden.requires_grad))
 
 
 class Block(nn.Module):
@@ -106,23 +179,22 @@ class Block(nn.Module):
         self.self_attn_cross = Attention(d, heads, operations, **factory)
         self.feed_forward = FeedForward(d, operations, **factory)
 
-    def over_layers(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def over_layers(self, x: Tensor, rotary: Rotary, fused: Fused | None = None) -> Tensor:
         """x (B, N, s, d), any s positions: each attends to itself in all layers."""
-        x = self.norm1(x).transpose(1, 2)
-        keys_values = self.self_attn_n.keys_values(x, table)
-        return self.self_attn_n(x, keys_values, table).transpose(1, 2)
+        x = self.norm1(x.transpose(1, 2).contiguous())
+        return self.self_attn_n.attend(*self.self_attn_n.queries_keys_values(x, rotary, fused)).transpose(1, 2)
 
-    def layer_keys_values(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x (B, n, S, d), whole layers: what `over_tokens` attends to."""
-        return self.self_attn_hw.keys_values(self.norm2(x), table)
+    def token_heads(self, x: Tensor, rotary: Rotary, fused: Fused | None = None) -> tuple[Tensor, ...]:
+        """x (..., rows, d), any rows of a layer: queries, keys and values of `over_tokens`."""
+        return self.self_attn_hw.queries_keys_values(self.norm2(x), rotary, fused)
 
-    def over_tokens(self, x: Tensor, keys_values: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, n, s, d), any positions: each attends to all positions of its own layer."""
-        return self.self_attn_hw(self.norm2(x), keys_values, table)
+    def over_tokens(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Heads of any positions, keys and values of all positions of their layer -> (..., rows, d)."""
+        return self.self_attn_hw.attend(queries, keys, values)
 
-    def over_condition(self, x: Tensor, keys_values: tuple[Tensor, Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
+    def over_condition(self, x: Tensor, keys_values: tuple[Tensor, Tensor], rotary: Rotary) -> Tensor:
         """x (B, rows, d), any rows of layers x positions: each attends to the whole condition."""
-        return self.self_attn_cross(self.norm3(x), keys_values, table)
+        return self.self_attn_cross.attend(self.self_attn_cross.queries(self.norm3(x), rotary), *keys_values)
 
     def feed(self, x: Tensor) -> Tensor:
         """x (..., d), any rows."""
@@ -131,7 +203,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Tensor, tables: Tables) -> Tensor:
         """x (B, N, S, d), context (B, L, d) -> x. The whole grid at once, graph kept."""
         x = x + self.over_layers(x, tables.layers())
-        x = x + self.over_tokens(x, self.layer_keys_values(x, tables.tokens()), tables.tokens())
+        x = x + self.over_tokens(*self.token_heads(x, tables.tokens()))
         keys_values = self.self_attn_cross.keys_values(context, tables.condition(context.shape[1]))
         x = x + self.over_condition(x.flatten(1, 2), keys_values, tables.grid()).view_as(x)
         return x + self.feed(x)
@@ -147,46 +219,59 @@ class EncoderLayer(nn.Module):
         self.self_attn = Attention(config.d_model, config.heads, operations, **factory)
         self.feed_forward = FeedForward(config.d_model, operations, **factory)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """x (B, L, d) -> x."""
-        normed = self.norm1(x)
-        x = x + self.self_attn(normed, self.self_attn.keys_values(normed, table), table)
+        x = x + self.self_attn.attend(*self.self_attn.queries_keys_values(self.norm1(x), rotary))
         return x + self.feed_forward(self.norm2(x))
 
 
 class Tables:
-    """Rotary tables of the grid's axes, computed for the rows asked for, so that no table of the whole grid need exist."""
+    """Rotary tables of the grid's axes. Every distinct angle is computed once and kept on the device."""
 
-    def __init__(self, config: GeneratorConfig, device: torch.device):
+    def __init__(self, config: GeneratorConfig, device: torch.device, rotation: Rotation | None = None):
         self.device, self.head_dim = device, config.head_dim
+        self.rotation = rotation or (REAL if device.type in NO_COMPLEX else COMPLEX)
         self.num_layers = config.num_base_model_layers
         self.num_tokens = sum(token_counts(config))
         self.rows_per_token = config.rank // config.dim_accumulation
         self.positions = self.num_tokens * self.rows_per_token
+        self._kept: dict[tuple, Tensor] = {}
 
-    def layers(self) -> tuple[Tensor, Tensor]:
+    def layers(self) -> Rotary:
         """One axis: the layer."""
-        return self._table(torch.arange(self.num_layers).unsqueeze(-1))
+        return self._rotary(self._keep(("layers",), torch.arange(self.num_layers).unsqueeze(-1), self.head_dim))
 
-    def tokens(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Two axes: the token, and the row group inside it. Positions start to stop of one layer."""
-        index = torch.arange(start, self.positions if stop is None else stop)
-        return self._table(torch.stack((index // self.rows_per_token, index % self.rows_per_token), dim=-1))
+    def tokens(self) -> Rotary:
+        """Two axes: the token, and the row group inside it. The positions of one layer."""
+        index = torch.arange(self.positions)
+        index = torch.stack((index // self.rows_per_token, index % self.rows_per_token), dim=-1)
+        return self._rotary(self._keep(("tokens",), index, self.head_dim))
 
-    def grid(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+    def grid(self, start: int = 0, stop: int | None = None) -> Rotary:
         """Two axes: the layer, and the position inside it. Rows start to stop of layers x positions."""
-        index = torch.arange(start, self.num_layers * self.positions if stop is None else stop)
-        return self._table(torch.stack((index // self.positions, index % self.positions), dim=-1))
+        stop = self.num_layers * self.positions if stop is None else stop
+        half, size = self.head_dim // 2, self.positions
+        layers = self._keep(("layer half",), torch.arange(self.num_layers).unsqueeze(-1), half)
+        positions = self._keep(("position half",), torch.arange(size).unsqueeze(-1), half)
+        pieces = []
+        for layer in range(start // size, -(-stop // size)):
+            own = positions[max(start - layer * size, 0) : stop - layer * size]
+            pieces.append(torch.cat((layers[layer].expand_as(own), own), dim=1))
+        return self._rotary(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
-    def condition(self, length: int) -> tuple[Tensor, Tensor]:
+    def condition(self, length: int) -> Rotary:
         """Two axes, on their diagonal, behind every token position: condition token l sits at (o + l, o + l)."""
         offset = max(self.num_tokens, self.rows_per_token)
         index = torch.arange(offset, offset + length)
-        return self._table(torch.stack((index, index), dim=-1))
+        return self._rotary(self._keep(("condition", length), torch.stack((index, index), dim=-1), self.head_dim))
 
-    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary(positions, self.head_dim)
-        return cos.to(self.device), sin.to(self.device)
+    def _keep(self, name: tuple, positions: Tensor, width: int) -> Tensor:
+        if name not in self._kept:
+            self._kept[name] = self.rotation.table(*rotary(positions, width)).to(self.device)
+        return self._kept[name]
+
+    def _rotary(self, table: Tensor) -> Rotary:
+        return Rotary(table, self.rotation.turn)
 
 
 class TokenTransformer(nn.Module):
@@ -207,14 +292,19 @@ class TokenTransformer(nn.Module):
         self.proj_out_A = operations.Linear(part, config.output_dim, **factory)
         self.proj_out_B = operations.Linear(part, config.output_dim, **factory)
 
-    def initial_tokens(self, device: torch.device, dtype: torch.dtype, layers: slice = slice(None)) -> Tensor:
-        """The query tokens before the first block, which carry no condition: (1, n, S, d) of the chosen layers."""
-        num_layers, tokens, rank, part = self.grid
-        index = torch.arange(num_layers, device=device)[layers]
-        rows = self.hw_pos(torch.arange(tokens * rank, device=device)).to(dtype)
-        x = rows + self.layer_pos(index).to(dtype).unsqueeze(1)  # (n, T * r, part)
-        x = x.view(1, len(index), -1, self.accumulation * part)
-        return self.norm_tokens(x)
+    def positions(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The learned positions inside a layer, (T * r, d / dim_accumulation)."""
+        return self.hw_pos(torch.arange(self.grid[1] * self.grid[2], device=device)).to(dtype)
+
+    def initial_tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The query tokens before the first block, which carry no condition: (1, N, S, d)."""
+        return self.layer_tokens(self.positions(device, dtype))
+
+    def layer_tokens(self, positions: Tensor, layers: slice = slice(None)) -> Tensor:
+        """The query tokens of the chosen layers, (1, n, S, d)."""
+        index = torch.arange(self.grid[0], device=positions.device)[layers]
+        x = positions + self.layer_pos(index).to(positions.dtype).unsqueeze(1)  # (n, T * r, part)
+        return self.norm_tokens(x.view(1, len(index), -1, self.accumulation * positions.shape[-1]))
 
     def project(self, x: Tensor) -> Tensor:
         """x (B, n, S, d) -> tokens (B, n, T, r, token_dim), through the head of each half."""

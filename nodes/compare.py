@@ -26,7 +26,7 @@ class HYWUBlendLoRAs(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip="One number for each LoRA, separated by commas, such as 0.7, 0.3. Empty: equal shares.",
+                    tooltip="One number for each LoRA, separated by commas, such as 0.7, 0.3 or 70%, 30%. Empty: equal.",
                 ),
                 io.Int.Input(
                     "max_rank",
@@ -72,9 +72,9 @@ class HYWUCompareLoRAs(io.ComfyNode):
             node_id="HYWUCompareLoRAs",
             display_name="Compare Instance LoRAs",
             category="HY-WU",
-            description="How alike LoRAs are: the cosine between the changes of every two. 1 is the same edit, 0 has nothing "
-            "in common, -1 is the opposite. Compared are the products B A, not the factors, which may differ for the same "
-            "change.",
+            description="How alike LoRAs are: the cosine between the changes of every two. 1 is the same direction, 0 has "
+            "nothing in common, -1 is the opposite direction. LoRAs of one generator share much, so even opposite edits can "
+            "be well above 0: compare the numbers with each other. Compared are the products B A, not the factors.",
             inputs=[_loras_input(2, "The LoRAs to compare; a new socket appears for each one wired in.")],
             outputs=[
                 io.Image.Output("image", tooltip="Every LoRA against every other; for Preview Image."),
@@ -84,7 +84,7 @@ class HYWUCompareLoRAs(io.ComfyNode):
 
     @classmethod
     def execute(cls, loras: io.Autogrow.Type):
-        return io.NodeOutput(*charts.cosines(list(loras.values())))
+        return io.NodeOutput(*charts.cosines_of(list(loras.values())))
 
 
 NODES = [HYWUBlendLoRAs, HYWUInspectLoRA, HYWUCompareLoRAs]

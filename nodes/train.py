@@ -8,7 +8,8 @@ from comfy_api.latest import io
 from ..hywu_core.condition import SOURCES
 from ..hywu_core.host import memory, model, new_generator
 from ..hywu_core.host.training import evaluate, in_server
-from ..hywu_core.training import TrainConfig
+from ..hywu_core.training import SessionOptions, TrainConfig
+from ..hywu_core.training.options import ALL_STACKS, PRECISIONS, REFUSE, RESTART, RESUME
 from .types import Condition, Generator
 
 
@@ -145,7 +146,7 @@ class HYWUTrainGenerator(io.ComfyNode):
             search_aliases=["hypernetwork training", "train lora generator"],
             description="Trains a generator end to end, by the base's own diffusion loss on pairs of pictures before and "
             "after an edit. The base stays frozen. A cancelled run goes on where it stopped when it is queued again under "
-            "the same name; state, log and validation pictures are in output/hywu/<run name>.",
+            "the same name; state, log, validation pictures and the generator as it is are in output/hywu/<run name>.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The base, frozen. Not a quantised one: no gradient passes through its weights."
@@ -158,14 +159,21 @@ class HYWUTrainGenerator(io.ComfyNode):
                 io.String.Input(
                     "run_name",
                     default="my-edits",
-                    tooltip="The run's folder below output/hywu. An unfinished run of this name goes on; take a new name "
+                    tooltip="The run's folder below output/hywu. A run of this name goes on, see if_exists; take a new name "
                     "for other data or settings.",
                 ),
-                io.Int.Input("steps", default=1000, min=1, max=1000000, tooltip="Steps of the optimizer in all."),
-                io.Int.Input("batch_size", default=8, min=1, max=4096, tooltip="Pairs of one step."),
+                io.Int.Input(
+                    "steps",
+                    default=TrainConfig.steps,
+                    min=1,
+                    max=1000000,
+                    tooltip="Steps of the optimizer in all. More than a run of this name has done extend it; fewer give its "
+                    "generator as it is.",
+                ),
+                io.Int.Input("batch_size", default=TrainConfig.batch, min=1, max=4096, tooltip="Pairs of one step."),
                 io.Int.Input(
                     "micro_batch",
-                    default=0,
+                    default=TrainConfig.micro_batch,
                     min=0,
                     max=4096,
                     tooltip="Pairs that pass through the base at once. 0 is all of a step; less saves memory and changes "
@@ -173,7 +181,7 @@ class HYWUTrainGenerator(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=0.0003,
+                    default=TrainConfig.learning_rate,
                     min=0.0000001,
                     max=1.0,
                     step=0.0000001,
@@ -182,14 +190,14 @@ class HYWUTrainGenerator(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "warmup",
-                    default=50,
+                    default=TrainConfig.warmup,
                     min=0,
                     max=100000,
                     tooltip="Steps over which the learning rate rises from zero.",
                 ),
                 io.Float.Input(
                     "ema",
-                    default=0.0,
+                    default=TrainConfig.ema,
                     min=0.0,
                     max=0.99999,
                     step=0.00001,
@@ -198,7 +206,7 @@ class HYWUTrainGenerator(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "diversity",
-                    default=0.0,
+                    default=TrainConfig.diversity,
                     min=0.0,
                     max=100.0,
                     step=0.001,
@@ -206,8 +214,8 @@ class HYWUTrainGenerator(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(in_server.PRECISIONS),
-                    default="float32",
+                    options=list(PRECISIONS),
+                    default=SessionOptions.precision,
                     tooltip="What the generator computes in while it is trained; its weights are kept in float32.",
                 ),
                 io.Boolean.Input(
@@ -218,14 +226,14 @@ class HYWUTrainGenerator(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "save_every",
-                    default=100,
+                    default=SessionOptions.save_every,
                     min=0,
                     max=100000,
                     tooltip="Steps after which the state is written. 0: at the end and when cancelled only.",
                 ),
                 io.Int.Input(
                     "validate_every",
-                    default=0,
+                    default=SessionOptions.validate_every,
                     min=0,
                     max=100000,
                     tooltip="Steps after which held-out pairs are measured and, with a VAE, shown. 0: never.",
@@ -252,6 +260,22 @@ class HYWUTrainGenerator(io.ComfyNode):
                     optional=True,
                     tooltip="Shows source, result and right answer of up to 4 pairs at the node, every validate_every steps.",
                 ),
+                io.Combo.Input(
+                    "if_exists",
+                    options=[RESUME, RESTART, REFUSE],
+                    default=SessionOptions.if_exists,
+                    optional=True,
+                    tooltip="If there is a run of this name: resume goes on with it, if it is about the same pairs, base and "
+                    "settings; restart deletes its state and begins anew, every time it is queued; refuse is an error.",
+                ),
+                io.Int.Input(
+                    "keep_every",
+                    default=SessionOptions.keep_every,
+                    min=0,
+                    max=100000,
+                    optional=True,
+                    tooltip="Steps after which the generator is kept as it is then, in models/hywu/<run name>. 0: never.",
+                ),
             ],
             outputs=[
                 Generator.Output(
@@ -275,16 +299,28 @@ class HYWUTrainGenerator(io.ComfyNode):
             diversity=values["diversity"],
             seed=values["seed"],
         )
-        options = in_server.RunOptions(
-            name=values["run_name"],
+        recompute = values["gradient_checkpointing"]
+        options = SessionOptions(
             precision=values["precision"],
-            checkpointing=values["gradient_checkpointing"],
             save_every=values["save_every"],
             validate_every=values["validate_every"],
-            held_out=values["held_out"],
-            vae=_first(vae),
+            keep_every=values.get("keep_every", SessionOptions.keep_every),
+            if_exists=values.get("if_exists", SessionOptions.if_exists),
+            checkpoint_stack=ALL_STACKS if recompute else "",
+            checkpoint_generator=recompute,
         )
-        trained = in_server.train(model[0], generator[0], latents, positive, generator_positive, config, options)
+        trained = in_server.train_on_lists(
+            model[0],
+            generator[0],
+            latents,
+            positive,
+            generator_positive,
+            config,
+            options,
+            values["run_name"],
+            values["held_out"],
+            _first(vae),
+        )
         return io.NodeOutput(trained.handle, trained.losses, trained.steps)
 
 

@@ -80,7 +80,7 @@ class RandomPairs:
 
 def one_graph(trainer) -> None:
     """The gradient without a cut between generator and base: no micro-batches are possible then."""
-    draws = trainer._draws()
+    draws = trainer.draws()
     trainer.optimizer.zero_grad()
     lora = trainer.trainable.lora([draw.sample for draw in draws])
     trainer.objective.backward(lora, draws, 1 / len(draws))

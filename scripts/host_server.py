@@ -177,6 +177,9 @@ def _widget_inputs(schema: dict, values: list) -> dict[str, Any]:
         options = rest[0] if rest else {}
         if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
             continue
+        if not values:
+            # saved before the node had this widget: its default holds
+            break
         inputs[name] = values.pop(0)
         if options.get("control_after_generate"):
             values.pop(0)  # "fixed", "randomize", ...: the frontend's own

@@ -16,12 +16,20 @@ def enter_host(host: Path | None = None, cpu: bool = True) -> None:
     """Put the host on the path and have it parse arguments, before anything asks it for a device.
 
     Args:
-        host: ComfyUI's folder; COMFYUI_DIR or the one that scripts/setup.sh made by default.
+        host: ComfyUI's folder; by default COMFYUI_DIR, the one whose custom_nodes this pack lies in, or the one that
+            scripts/setup.sh made.
         cpu: keep to the CPU, whatever the machine has.
     """
-    host = Path(host or os.environ.get("COMFYUI_DIR") or ROOT / ".host" / "ComfyUI")
-    if not (host / "comfy" / "sd.py").is_file():
-        sys.exit(f"No ComfyUI at {host}. Run scripts/setup.sh, or set COMFYUI_DIR to its folder.")
+    named = host or os.environ.get("COMFYUI_DIR")
+    # where the pack is a link in custom_nodes, only the path by which the script was called leads to ComfyUI
+    called = list(Path(sys.argv[0]).absolute().parents)[3:4]
+    candidates = [Path(named)] if named else [*called, ROOT.parent.parent, ROOT / ".host" / "ComfyUI"]
+    host = next((folder for folder in candidates if (folder / "comfy" / "sd.py").is_file()), None)
+    if host is None:
+        sys.exit(
+            f"No ComfyUI in {' or '.join(str(folder) for folder in dict.fromkeys(candidates))}. Put this folder into "
+            "ComfyUI's custom_nodes, set COMFYUI_DIR to ComfyUI's folder, or run scripts/setup.sh."
+        )
     sys.path.insert(0, str(host))
     argv, sys.argv = sys.argv, [sys.argv[0], *(["--cpu"] if cpu else [])]
     try:

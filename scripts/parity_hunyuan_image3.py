@@ -58,22 +58,6 @@ def arguments_of(given: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def read_picture(path: Path):
-    """A picture as (1, H, W, 3) in [0, 1], turned as its EXIF says."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    from hywu_core.errors import ConditionError
-
-    try:
-        with Image.open(path) as opened:
-            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except OSError as error:
-        raise ConditionError(f"{path} is not a readable picture ({error}).") from None
-    return torch.from_numpy(pixels).float()[None] / 255
-
-
 def read_overrides(arguments: argparse.Namespace):
     """The optional files as tensors."""
     from hywu_core.bases.hunyuan_image3.parity import Overrides
@@ -129,11 +113,12 @@ def run_dump(arguments: argparse.Namespace) -> int:
     enter_host(cpu=arguments.cpu or not torch.accelerator.is_available())
     from hywu_core.bases.hunyuan_image3 import parity
     from hywu_core.files.safetensors import write_safetensors
+    from hywu_core.host import pictures
 
     with torch.inference_mode():
         parts = parity.Parts.read(arguments.base, arguments.generator, getattr(torch, arguments.dtype))
         case = parity.Case(
-            tuple(read_picture(path) for path in arguments.image),
+            tuple(pictures.read(path) for path in arguments.image),
             arguments.prompt,
             arguments.system_prompt,
             arguments.reasoning,

@@ -4,7 +4,7 @@ validation split, the result reported on the test split over several seeds.
     .venv/bin/python scripts/sweep_pocket.py [--workers 2] [--settings blind-eight ...] [--work out/sweep]
 
 Takes hours. Resumable: every finished run is a file in --work, and what is there is not run again. The results go into
-results/pocket.json, which the README's table is made from (scripts/evaluate_pocket.py --results).
+results/pocket.json, from which scripts/evaluate_pocket.py makes the table of docs/evidence.md.
 """
 
 from __future__ import annotations

@@ -9,5 +9,20 @@ if ! command -v chromium google-chrome >/dev/null && [ "$(id -u)" = 0 ] && comma
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || echo "test: no browser"
 fi
 
+# tests/web run with the host's own frontend and with this newer one.
+FRONTEND=1.58.1
+if [ ! -d "$ROOT/.host/frontend/$FRONTEND" ]; then
+    echo "test: fetching frontend $FRONTEND for tests/web"
+    work="$ROOT/.host/frontend.$$"
+    mkdir -p "$ROOT/.host/frontend" "$work"
+    if "$(host_python)" -m pip download -qq --disable-pip-version-check --no-deps --dest "$work" "comfyui-frontend-package==$FRONTEND"; then
+        "$(host_python)" -m zipfile -e "$work"/*.whl "$work/unpacked"
+        mv "$work/unpacked/comfyui_frontend_package/static" "$ROOT/.host/frontend/$FRONTEND"
+    else
+        echo "test: no frontend $FRONTEND"
+    fi
+    rm -rf "$work"
+fi
+
 cd "$ROOT"
 exec "$(host_python)" -m pytest tests/core tests/host tests/server tests/web "$@"

@@ -3,7 +3,9 @@
     accelerate launch scripts/train.py --config run.json
     accelerate launch scripts/train.py --pocket --suite eight --steps 400 --output out/train
 
-The same command goes on with a run that was stopped (Ctrl-C and SIGTERM write its state first). COMFYUI_DIR names the host.
+The same command goes on with a run that was stopped: Ctrl-C and SIGTERM write its state first, and the generator as it is
+then. A file named `finish` in the run's folder ends it as if it were done; more --steps extend it. COMFYUI_DIR names the
+host.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import signal
 import sys
 
 from in_host import enter_host
+from pocket_run import PocketRun, sources
 
 from hywu_core.errors import HywuError
 from hywu_core.training.distributed import Accelerated
-from hywu_core.training.run import read_arguments
+from hywu_core.training.options import read_arguments
 
 PATIENCE = 3  # signals after which a process ends at once; launchers repeat what a terminal sends
 STOPPED = 130  # the exit code of a run that was asked to stop
@@ -43,15 +46,16 @@ class Signals:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    config = read_arguments(arguments, __doc__.splitlines()[0])
+    config = read_arguments(arguments, __doc__.splitlines()[0], PocketRun)
     communication = Accelerated(config.cpu)  # chooses this process's device, so it comes before the host looks at them
     enter_host(cpu=config.cpu)
     logging.getLogger().setLevel(logging.WARNING)
-    from hywu_core.host.training.in_script import StoppedError, train
+    from hywu_core.host.training.in_script import train_on_folder
+    from hywu_core.host.training.session import StoppedError
 
     signals = Signals()
     try:
-        train(config, communication, signals.asked)
+        train_on_folder(config, communication, signals.asked, **sources(config))
     except StoppedError as stopped:
         if communication.main:
             print(stopped)

@@ -1,4 +1,6 @@
-"""Train everything that the pocket editor ships: the base, its generators and shared LoRAs. At most two hours on two cores.
+"""Train everything that the pocket editor ships: the base, its generators and shared LoRAs.
+
+About an hour on two cores by the times of its stages; it was never timed as a whole.
 
     .venv/bin/python scripts/train_pocket.py [--only base|adapters] [--seed N] [--work out/pocket] [--threads N]
 

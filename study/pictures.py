@@ -17,16 +17,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hywu_core.bases import pocket
-from hywu_core.errors import HywuError
+from hywu_core.host.pictures import PictureError, read
 
 FOLDER = Path(pocket.__file__).resolve().parent / "tiles"
 TILE, COLUMNS = 64, 16  # pixels of a tile, tiles in a row of a sheet
 SPLITS = ("train", "validation", "test")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
-
-class PictureError(HywuError):
-    """Pictures are missing or cannot be read."""
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def split_names(split: str) -> list[str]:
@@ -66,19 +62,8 @@ def read_folder(folder: Path, size: int) -> tuple[Tensor, list[str]]:
     files = sorted(f for f in Path(folder).iterdir() if f.suffix.lower() in SUFFIXES) if Path(folder).is_dir() else []
     if not files:
         raise PictureError(f"{folder} holds no pictures. Expected files ending in {', '.join(sorted(SUFFIXES))}.")
-    return torch.stack([_tensor(_square(read_picture(file), size)) for file in files]), [file.name for file in files]
-
-
-def read_picture(file: Path) -> Image.Image:
-    """One picture as RGB.
-
-    Raises:
-        PictureError: if it cannot be read.
-    """
-    try:
-        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    except OSError as error:
-        raise PictureError(f"{file} cannot be read as a picture ({error}). Remove it or save it again.") from error
+    found = [read(file, size).movedim(-1, 1) for file in files]
+    return torch.cat(found), [file.name for file in files]
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -107,10 +92,6 @@ def _gradient(size: int, chance: random.Random) -> Image.Image:
     share = across * axis[None, :] + down * axis[:, None] + 0.5
     mixed = numpy.array(first) * (1 - share[..., None]) + numpy.array(second) * share[..., None]
     return Image.fromarray((mixed.clip(0, 1) * 255).round().astype(numpy.uint8))
-
-
-def _square(picture: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(picture, (size, size), Image.LANCZOS)
 
 
 def _tensor(picture: Image.Image) -> Tensor:

@@ -7,6 +7,7 @@ reads it too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,9 +104,13 @@ class EditingTask:
         return to_latent(self.pictures[[case.picture for case in cases]])
 
     def balanced_cases(self, count: int) -> list[Case]:
-        """`count` cases over distinct pictures of all kinds, every edit equally often; the same ones every time."""
-        order = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(0)).tolist()
-        return [Case(order[index % len(order)], index % len(self.edits)) for index in range(count)]
+        """`count` cases, or all there are, over pictures of all kinds, every edit equally often; the same ones every time."""
+        pictures, edits = len(self.pictures), len(self.edits)
+        order = torch.randperm(pictures, generator=torch.Generator().manual_seed(0)).tolist()
+        # after so many cases the same pictures would meet the same edits again
+        turn = lcm(pictures, edits)
+        chosen = range(min(count, pictures * edits))
+        return [Case(order[(index + index // turn) % pictures], index % edits) for index in chosen]
 
 
 def encode_words(clip: Any, text: str) -> Words:

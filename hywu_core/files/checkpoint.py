@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import GeneratorConfig
 from ..errors import CheckpointError
 from ..generator import Generator
+from .quantised import MARK, SCALE, kind_of, plain, quantised, quantised_layers
 from .safetensors import atomic_write, open_safetensors, write_safetensors
 from .shards import DTYPES, WEIGHTS_FILE, Header, folder_shards, main_dtype, read_headers, some
 
@@ -32,7 +33,8 @@ class GeneratorFiles(NamedTuple):
     path: Path
     config: GeneratorConfig
     shards: dict[Path, tuple[str, ...]]  # file -> the tensors to take from it
-    dtype: torch.dtype  # of most of its weights
+    dtype: torch.dtype  # of most of its weights that are not quantised
+    quantised: str | None  # how the matrices of its blocks are stored; None: like the rest
     fingerprint: str  # of the configuration, every tensor's name and shape, and a sample of its bytes
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -57,9 +59,11 @@ def inspect_generator(path: str | Path) -> GeneratorFiles:
     else:
         raise CheckpointError(f"{path} does not exist. Expected a generator's folder or .safetensors file.")
     found = read_headers(shards)
-    _check_tensors(path, config, found)
+    layers = _check_tensors(path, config, found)
     by_shard = {shard: tuple(name for name, header in found.items() if header.shard == shard) for shard in shards}
-    return GeneratorFiles(path, config, by_shard, main_dtype(found), _fingerprint(config, by_shard))
+    rest = {name: header for name, header in found.items() if name.removesuffix(".weight") not in layers}
+    kind = next(iter(layers.values()), None)
+    return GeneratorFiles(path, config, by_shard, main_dtype(rest), kind, _fingerprint(config, by_shard))
 
 
 def load_generator(
@@ -69,29 +73,29 @@ def load_generator(
 
     Args:
         path: see the top of this file.
-        device, dtype: of its parameters; dtype None keeps what is stored.
+        device, dtype: of its parameters; dtype None keeps what is stored, what is quantised as float32.
     Raises:
         CheckpointError, ConfigError: see `inspect_generator`.
     """
     files = inspect_generator(path)
     generator = Generator(files.config, device="meta")
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in files.tensors()}
-    generator.load_state_dict(state, assign=True)
+    state = plain(dict(files.tensors()), dtype)
+    generator.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     return generator
 
 
-def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | str | None = None) -> Path:
     """Write a generator atomically: one file if `path` ends in .safetensors, else a folder in the released form.
 
     Args:
-        dtype: to store; None keeps the parameters' own.
+        dtype: to store; None keeps the parameters' own; one of `quantised.STORED` quantises the matrices of the blocks.
     Returns:
         the path that `load_generator` reads.
     Raises:
         SaveError: if it cannot be written; nothing is left half-written.
     """
     path = Path(path)
-    state = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in generator.state_dict().items()}
+    state = _stored(generator.state_dict(), dtype)
     if path.suffix == ".safetensors":
         write_safetensors(path, state, {"format": "pt", CONFIG_KEY: generator.config.to_json()})
         return path
@@ -99,6 +103,13 @@ def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | 
         temporary.write_text(generator.config.to_json(), encoding="utf-8")
         write_safetensors(path / WEIGHTS_FILE, state, {"format": "pt"})
     return path
+
+
+def _stored(state: dict[str, Tensor], dtype: torch.dtype | str | None) -> dict[str, Tensor]:
+    """The tensors of a generator, quantised or not, as a file is to hold them."""
+    if dtype is None or dtype == kind_of(state):
+        return state
+    return dict(quantised(plain(state), dtype)) if isinstance(dtype, str) else plain(state, dtype)
 
 
 def _read_folder_config(folder: Path) -> GeneratorConfig:
@@ -127,20 +138,28 @@ def _file_config(file: Path) -> GeneratorConfig:
     )
 
 
-def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, Header]) -> None:
+def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, Header]) -> dict[str, str]:
+    """What of it is quantised, by layer."""
+    layers, problems = quantised_layers(found)
+    beside = {layer + suffix for layer in layers for suffix in (SCALE, MARK)}
     expected = {name: tuple(tensor.shape) for name, tensor in Generator(config, device="meta").state_dict().items()}
-    problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
-    problems += [f"unexpected {name} {list(header.shape)}" for name, header in found.items() if name not in expected]
+    problems += [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
+    problems += [
+        f"unexpected {name} {list(header.shape)}"
+        for name, header in found.items()
+        if name not in expected.keys() | beside
+    ]
     for name, header in found.items():
         if name in expected and header.shape != expected[name]:
             problems.append(f"{name} has the shape {list(header.shape)}, expected {list(expected[name])}")
-        elif name in expected and header.dtype not in DTYPES:
+        elif name in expected and header.dtype not in DTYPES and name.removesuffix(".weight") not in layers:
             problems.append(f"{name} is stored as {header.dtype}, expected a floating-point type")
     if problems:
         raise CheckpointError(
             f"{path} does not hold the weights that its configuration describes: {some(problems, '; ')}. "
             "Download it again, or use the config.json that belongs to it."
         )
+    return layers
 
 
 def _fingerprint(config: GeneratorConfig, shards: dict[Path, tuple[str, ...]]) -> str:
@@ -151,5 +170,6 @@ def _fingerprint(config: GeneratorConfig, shards: dict[Path, tuple[str, ...]]) -
             for name in sorted(names):
                 part = handle.get_slice(name)
                 digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode())
-                digest.update(part[:2].contiguous().view(torch.uint8).numpy().tobytes()[:4096])
+                first = part[:2] if part.get_shape() else handle.get_tensor(name)
+                digest.update(first.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()[:4096])
     return digest.hexdigest()[:16]

@@ -16,13 +16,14 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..chunked import memory_required
 from ..condition import OF_THE_BASE, Condition, assemble
 from ..config import GeneratorConfig
 from ..errors import ConditionError, SaveError
-from ..files.checkpoint import inspect_generator, save_generator
+from ..files.checkpoint import GeneratorFiles, inspect_generator, save_generator
+from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
 from ..lora import InstanceLora
+from . import engine
 from .conditions import from_host
 from .folders import FOLDER, SUFFIX
 from .new_generator import generator_config
@@ -32,15 +33,17 @@ WEIGHT_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e4m3fn": FP8,
+    "int8": INT8,
 }
-
 
 SAVE_DTYPES = {
     "as trained": None,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "int8": INT8,
+    "fp8_e4m3fn": FP8,
 }
 
 
@@ -59,18 +62,19 @@ class GeneratorHandle(NamedTuple):
         return self.patcher.model
 
 
-def load(path: Path, weight_dtype: torch.dtype | None = None) -> GeneratorHandle:
+def load(path: Path, weight_dtype: torch.dtype | str | None = None) -> GeneratorHandle:
     """Check a generator's files and hand its memory-mapped weights to a patcher. The device is touched only on use.
 
     Args:
-        weight_dtype: to keep the weights in; None keeps what is stored.
+        weight_dtype: to keep the weights in; None keeps what is stored; one of `quantised.STORED` quantises the matrices of
+            the blocks.
     Raises:
         CheckpointError, ConfigError: see `inspect_generator`.
     """
     files = inspect_generator(path)
-    dtype = weight_dtype or files.dtype
-    patcher = _patcher(path, dtype)
-    return GeneratorHandle(patcher, files.config, _compute_dtype(dtype), files.path.name, files.fingerprint)
+    patcher = _patcher(path, weight_dtype)
+    compute_dtype = _compute_dtype(_kept_dtype(files, weight_dtype))
+    return GeneratorHandle(patcher, files.config, compute_dtype, files.path.name, files.fingerprint)
 
 
 def wrap(generator: Generator, name: str, fingerprint: str) -> GeneratorHandle:
@@ -117,8 +121,8 @@ def trainable_copy(handle: GeneratorHandle) -> Generator:
     """The same generator in float32 on the CPU, with weights of its own that can be trained."""
     with torch.inference_mode(False):
         copy = Generator(handle.config, device="meta")
-        state = handle.generator.state_dict()
-        own = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
+        state = plain(handle.generator.state_dict(), torch.float32)
+        own = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         copy.load_state_dict(own, assign=True)
         return copy.requires_grad_(True)
 
@@ -154,24 +158,28 @@ def generate(handle: GeneratorHandle, condition: Condition) -> InstanceLora:
 def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int], None] | None = None) -> InstanceLora:
     """Write the LoRA of an assembled condition (B, L, input_dim); the host's cancel button works between chunks."""
     batch, length = tokens.shape[:2]
-    room = memory_required(handle.config, batch, length, handle.compute_dtype)
-    comfy.model_management.load_models_gpu([handle.patcher], memory_required=room)
+    asked = handle.config, batch, length, handle.compute_dtype
+    comfy.model_management.load_models_gpu([handle.patcher], memory_required=engine.room_for(*asked))
+    device = handle.patcher.load_device
 
     def interruptible(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if progress:
             progress(done, total)
 
-    lora = handle.generator.generate(
-        tokens.to(handle.patcher.load_device),
-        dtype=handle.compute_dtype,
-        result_device=comfy.model_management.intermediate_device(),
-        progress=interruptible,
-    )
+    with engine.engine(handle.patcher, handle.config, handle.compute_dtype) as run:
+        lora = handle.generator.generate(
+            tokens.to(device, handle.compute_dtype),
+            dtype=handle.compute_dtype,
+            result_device=comfy.model_management.intermediate_device(),
+            chunk_bytes=engine.chunk_bytes(device, *asked),
+            progress=interruptible,
+            engine=run,
+        )
     return lora.with_metadata(generator=handle.name, generator_hash=handle.fingerprint)
 
 
-def save(handle: GeneratorHandle, name: str, dtype: torch.dtype | None = None) -> Path:
+def save(handle: GeneratorHandle, name: str, dtype: torch.dtype | str | None = None) -> Path:
     """Write a generator as one file. One of the same name stays; the new one is numbered.
 
     Raises:
@@ -180,14 +188,35 @@ def save(handle: GeneratorHandle, name: str, dtype: torch.dtype | None = None) -
     return save_generator(handle.generator, _free_path(name), dtype)
 
 
-def _patcher(path: str | Path, dtype: torch.dtype, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    files = inspect_generator(path)
-    generator = Generator(files.config, operations=comfy.ops.manual_cast, device="meta", dtype=dtype)
-    state = {name: tensor.to(dtype) for name, tensor in files.tensors()}
-    generator.load_state_dict(state, assign=True)
-    patcher = _manage(generator, disable_dynamic)
-    patcher.cached_patcher_init = (_patcher, (path, dtype))
+def _patcher(
+    path: str | Path, weight_dtype: torch.dtype | str | None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    patcher = _manage(_built(inspect_generator(path), weight_dtype), disable_dynamic)
+    patcher.cached_patcher_init = (_patcher, (path, weight_dtype))
     return patcher
+
+
+def _built(files: GeneratorFiles, weight_dtype: torch.dtype | str | None) -> Generator:
+    """The module over the file's tensors, in the host's layers: its quantised ones where the blocks' matrices are."""
+    state, kept = dict(files.tensors()), _kept_dtype(files, weight_dtype)
+    kind = files.quantised if weight_dtype is None else weight_dtype if isinstance(weight_dtype, str) else None
+    if kind is None:
+        generator = Generator(files.config, operations=comfy.ops.manual_cast, device="meta", dtype=kept)
+        generator.load_state_dict(plain(state, kept), assign=True)
+        return generator
+    if kind != files.quantised:
+        state = dict(quantised(plain(state), kind))
+    operations = comfy.ops.mixed_precision_ops(compute_dtype=_compute_dtype(kept), disabled={FP8})
+    generator = Generator(files.config, operations=operations, device="cpu", dtype=kept)
+    generator.load_state_dict(state, assign=True)
+    return generator
+
+
+def _kept_dtype(files: GeneratorFiles, weight_dtype: torch.dtype | str | None) -> torch.dtype:
+    """What is not quantised is kept in."""
+    if isinstance(weight_dtype, str) and files.quantised is None:
+        return min(files.dtype, KEPT_AS, key=lambda dtype: dtype.itemsize)
+    return weight_dtype if isinstance(weight_dtype, torch.dtype) else files.dtype
 
 
 def _manage(generator: Generator, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -211,7 +240,9 @@ def _fingerprint(generator: Generator) -> str:
 
 def _compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     device = comfy.model_management.get_torch_device()
-    return comfy.model_management.unet_manual_cast(weight_dtype, device) or weight_dtype
+    # a generator overflows in float16, which the host would rather take for what its device cannot compute with
+    supported = [torch.bfloat16, torch.float32]
+    return comfy.model_management.unet_manual_cast(weight_dtype, device, supported) or weight_dtype
 
 
 def _free_path(name: str) -> Path:

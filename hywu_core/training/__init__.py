@@ -13,7 +13,7 @@ This package knows torch only.
 
 from .data import Sample, SampleSource
 from .log import RunLog
-from .options import TrainConfig
+from .options import SessionOptions, TrainConfig
 from .trainable import FullFineTuning, GeneratorTrainable, SharedLora, Trainable
 from .trainer import Objective, StepReport, Trainer, TrainingError
 
@@ -24,6 +24,7 @@ __all__ = [
     "RunLog",
     "Sample",
     "SampleSource",
+    "SessionOptions",
     "SharedLora",
     "StepReport",
     "TrainConfig",

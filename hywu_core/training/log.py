@@ -12,7 +12,7 @@ from ..errors import SaveError
 from .trainer import StepReport
 
 LOG, VALIDATION, STATE, BOARD = "log.csv", "validation.csv", "state.safetensors", "tensorboard"  # of a run's folder
-COLUMNS, VALIDATION_COLUMNS = ("step", "loss", "rate", "gradient_norm"), ("step", "loss")
+COLUMNS, VALIDATION_COLUMNS = ("step", "loss", "rate", "gradient_norm"), ("step", "loss", "base")
 
 
 class RunLog:
@@ -45,10 +45,15 @@ class RunLog:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Add the loss on held-out pairs after a step."""
-        _add(self._validation, (step, loss))
-        self.values(step, {"validation_loss": loss})
+    def validation(self, step: int, loss: float, base: float) -> None:
+        """Add the loss on held-out pairs after a step, and the base's own on the same pairs."""
+        _add(self._validation, (step, loss, base))
+        self.values(step, {"validation_loss": loss, "validation_loss_of_the_base": base})
+
+    def close(self) -> None:
+        """End TensorBoard's thread."""
+        if self._board:
+            self._board.close()
 
 
 def _add(path: Path, row: Sequence[float]) -> None:

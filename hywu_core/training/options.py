@@ -1,11 +1,29 @@
-"""How a run trains."""
+"""How a run trains: its hyper-parameters, and what a run outside the server is told by a JSON file, flags, or both."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..errors import ConfigError
+
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}  # what a generator is computed in while it is trained
+ALL_STACKS = "all"
+RESUME, RESTART, REFUSE = "resume", "restart", "refuse"  # what to do where a run of that name exists
+
+# what a run that goes on may change: its length, and how it is cut up
+FREE = {"steps", "micro_batch"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +37,7 @@ class TrainConfig:
     steps: int = 1000  # optimizer steps
     batch: int = 8  # samples of one optimizer step, over all processes
     micro_batch: int = 0  # samples of one pass through the base; 0: all of a process at once
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     warmup: int = 50  # steps over which the learning rate rises from zero
@@ -49,3 +67,208 @@ class TrainConfig:
             return self.learning_rate
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay when a run goes on, as JSON holds it."""
+        return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in FREE}))
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What of a run does not decide its numbers, precision excepted. The defaults of node and script are these.
+
+    Raises:
+        ConfigError: for a value that makes no sense.
+    """
+
+    precision: str = "float32"  # to compute the generator in; its weights are float32
+    save_every: int = 100  # steps between saved states; 0: at the end only
+    validate_every: int = 100  # steps between looks at held-out pairs; 0: never
+    keep_every: int = 0  # steps after which the generator is kept as it is then; 0: never
+    if_exists: str = RESUME
+    held_out_limit: int = 64  # pairs that one validation looks at
+    checkpoint_stack: str = ALL_STACKS  # of the base, to compute again in the backward pass; "": none
+    checkpoint_generator: bool = True
+
+    def __post_init__(self):
+        for name in ("save_every", "validate_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}.")
+        if self.held_out_limit < 1:
+            raise ConfigError(f"held_out_limit must be at least 1, found {self.held_out_limit}.")
+        for name, choices in (("precision", tuple(PRECISIONS)), ("if_exists", (RESUME, RESTART, REFUSE))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, found {getattr(self, name)!r}.")
+
+
+# how pictures and words are read, and which of them are trained on; what they are is told by digests
+OF_A_NEW_GENERATOR = ("generator_size", "stack", "targets", "rank", "alpha", "source", "encoder_layers")
+FILES_OF_A_BASE = ("model", "checkpoint", "text_encoders", "clip_type", "vae", "clip_vision", "weight_dtype")
+IDENTIFYING = ("held_out_share", "regime", "text_sees_source", "guidance", "background")
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Its hyper-parameters (`TrainConfig`) stand beside it, as flags and as keys of the file."""
+
+    output: str = option("out/train", "folder of the run: state, logs, generator")
+    pairs: str = option(
+        "", "folder with pictures and a pairs.jsonl or pairs.csv (source, target, instruction), or another layout"
+    )
+    held_out: str = option("", "folder of pairs for validation; by default some pictures of --pairs are held out")
+    held_out_share: float = option(0.1, "share of the pictures of --pairs that is held out; 0: no validation")
+    held_out_limit: int = option(SessionOptions.held_out_limit, "pairs that one validation looks at")
+    size: int = option(0, "side to which pictures are cut and resized; 0: as they are")
+    background: str = option("white", "colour under transparent pixels: a name or #rrggbb")
+    model: str = option("", "file of the base's diffusion model")
+    checkpoint: str = option("", "one file with diffusion model, text encoder and VAE, instead of three")
+    text_encoders: tuple[str, ...] = option((), "file or files of the text encoder")
+    clip_type: str = option("flux", "kind of text encoder, as in the host's Load CLIP node")
+    vae: str = option("", 'file of the VAE, or "pixel_space"')
+    clip_vision: str = option("", "file of a CLIP vision model, for a generator that reads one")
+    weight_dtype: str = option("default", "type to load the base in", ("default", "float32", "bfloat16", "float16"))
+    regime: str = option("told", "told: the base reads the instruction; blind: only the generator", ("told", "blind"))
+    text_sees_source: bool = option(False, "show the source picture to the text encoder, if it can see")
+    guidance: float = option(0.0, "embedded guidance for bases that have it; 0: the base's default")
+    generator: str = option(
+        "", "generator to go on from, or a config.json for a new one; by default new, for this base"
+    )
+    generator_size: str = option("small", "of a new generator", ("small", "medium", "large"))
+    stack: str = option("largest", "of a new generator: which stack of the base's blocks it writes for")
+    targets: str = option("", 'of a new generator: its layers, as patterns ("img_attn.*, img_mlp.*")')
+    rank: int = option(16, "of a new generator's LoRAs")
+    alpha: float = option(32.0, "of a new generator's LoRAs; their scale is alpha / rank")
+    source: str = option("instruction and source picture", "what a new generator reads, as in New HY-WU Generator")
+    encoder_layers: int = option(1, "of a new generator, over the condition")
+    dtype: str = option("float32", "type to compute the generator in", ("float32", "bfloat16"))
+    checkpoint_stack: str = option(
+        SessionOptions.checkpoint_stack,
+        'stacks of the base ("double_blocks") to compute again in the backward pass; "all": every one, "": none',
+    )
+    checkpoint_generator: bool = option(
+        SessionOptions.checkpoint_generator, "compute the generator's blocks again in the backward pass"
+    )
+    save_every: int = option(SessionOptions.save_every, "steps between saved states; 0: at the end only")
+    validate_every: int = option(SessionOptions.validate_every, "steps between validations; 0: none")
+    keep_every: int = option(SessionOptions.keep_every, "steps after which the generator is kept as it is; 0: never")
+    if_exists: str = option(
+        SessionOptions.if_exists,
+        "where the folder holds a run: go on with it, begin it anew (its state is deleted), or end with an error",
+        (RESUME, RESTART, REFUSE),
+    )
+    cpu: bool = option(False, "keep to the CPU")
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        for name in ("size", "guidance"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}.")
+        if not 0 <= self.held_out_share < 1:
+            raise ConfigError(f"held_out_share must be at least 0 and below 1, found {self.held_out_share}.")
+        for known in fields(self):
+            choices, value = known.metadata.get("choices"), getattr(self, known.name)
+            if choices and value not in choices:
+                raise ConfigError(f"{known.name} must be one of {', '.join(choices)}, found {value!r}.")
+        self.session()
+        for reason, names in self._without_effect().items():
+            for known in fields(self):
+                if known.name in names and getattr(self, known.name) != known.default:
+                    raise ConfigError(f"{known.name} has no effect {reason}. Leave it out.")
+
+    def _without_effect(self) -> dict[str, tuple[str, ...]]:
+        """{why: the options that would be dropped}."""
+        return {"with generator, which says what it is": OF_A_NEW_GENERATOR} if self.generator else {}
+
+    @property
+    def side(self) -> int:
+        """Pixels to which pictures are cut and resized; 0: as they are."""
+        return self.size
+
+    def session(self) -> SessionOptions:
+        """What the session is told.
+
+        Raises:
+            ConfigError: see `SessionOptions`.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(SessionOptions) if f.name != "precision"}
+        return SessionOptions(precision=self.dtype, **own)
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay when the run goes on, beside the data, the base and the generator."""
+        return {name: getattr(self, name) for name in IDENTIFYING} | {"size": self.side, "precision": self.dtype}
+
+
+def read_arguments(arguments: Sequence[str] | None, description: str, kind: type[RunConfig] = RunConfig) -> RunConfig:
+    """The run that a command line asks for: what `--config` names, with flags on top.
+
+    Args:
+        kind: with options of its own, if the command has such.
+    Raises:
+        ConfigError: for a file that cannot be read, an unknown key, or a value that makes no sense.
+    """
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", help='JSON file with any of the options below, e.g. {"steps": 2000}')
+    for known in _options(kind).values():
+        _add_flag(parser, known)
+    given = vars(parser.parse_args(arguments))
+    return build_run(_read_file(Path(given.pop("config"))) | given if "config" in given else given, kind)
+
+
+def build_run(values: dict[str, Any], kind: type[RunConfig] = RunConfig) -> RunConfig:
+    """A run from flat options: those of its kind and of `TrainConfig`.
+
+    Raises:
+        ConfigError: see `read_arguments`.
+    """
+    known = _options(kind)
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ConfigError(f"There is no option {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+        values = values | {name: _converted(name, value, known[name].default)}
+    hyper = {f.name for f in fields(TrainConfig)}
+    training = TrainConfig(**{name: value for name, value in values.items() if name in hyper})
+    return kind(**{name: value for name, value in values.items() if name not in hyper}, training=training)
+
+
+def _options(kind: type[RunConfig]) -> dict[str, Any]:
+    own = {f.name: f for f in fields(kind) if f.name != "training"}
+    return own | {f.name: f for f in fields(TrainConfig)}
+
+
+def _add_flag(parser: argparse.ArgumentParser, known: Any) -> None:
+    flag, text = f"--{known.name.replace('_', '-')}", known.metadata.get("help", "hyper-parameter")
+    text = f"{text} (default: {known.default!r})".replace("%", "%%")
+    if isinstance(known.default, bool):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif isinstance(known.default, tuple):
+        parser.add_argument(flag, nargs="+", type=type(known.default[0]) if known.default else str, help=text)
+    else:
+        parser.add_argument(flag, type=type(known.default), choices=known.metadata.get("choices"), help=text)
+
+
+def _converted(name: str, value: Any, default: Any) -> Any:
+    """The value in the type of the option's default. JSON writes 1 for 1.0 and a list for a tuple."""
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise ConfigError(f"{name} must be of the kind {type(default).__name__} (as {default!r}), found {value!r}.")
+    return value
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"The configuration {path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise ConfigError(f"The configuration {path} is not valid JSON ({error}).") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"The configuration {path} must be a JSON object, found {type(values).__name__}.")
+    return values

@@ -79,7 +79,7 @@ def load_state(
 
 
 def _check_config(path: Path, stored: dict, config: TrainConfig) -> None:
-    now = json.loads(json.dumps(asdict(config)))
+    now = config.identity()
     changed = [name for name in now if stored.get(name) != now[name]]
     if changed:
         name = changed[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class Trainer:
         data: pairs by index.
         config: see `TrainConfig`.
         communication: with other processes; the batch is shared out among them evenly.
+        between: called between micro-batches; what it raises ends the step and leaves the parameters as they were.
     Raises:
         TrainingError: if the batch cannot be shared out.
     """
@@ -85,8 +86,10 @@ class Trainer:
         data: SampleSource,
         config: TrainConfig,
         communication: Communication | None = None,
+        between: Callable[[], None] = lambda: None,
     ):
         self.trainable, self.objective, self.data, self.config = trainable, objective, data, config
+        self.between = between
         self.communication = communication or Alone()
         if config.batch % self.communication.processes:
             raise TrainingError(
@@ -101,22 +104,23 @@ class Trainer:
 
     def run(
         self,
-        on_step: Callable[[StepReport], None] | None = None,
+        on_step: Callable[[StepReport], Any] | None = None,
         save_to: Path | None = None,
         save_every: int = 0,
     ) -> None:
-        """Train to the end of the schedule. Whatever ends it early (`on_step` may raise to cancel), the state after the
-        last whole step is written first, if `save_to` is given.
+        """Train to the end of the schedule, or until `on_step` returns True. Whatever ends it early (`on_step` may raise to
+        cancel), the state after the last whole step is written first, if `save_to` is given.
         """
+        begun = self.done
         try:
             while self.done < self.config.steps:
                 report = self.step()
                 if save_to and save_every and self.done % save_every == 0:
                     self.save(save_to)
-                if on_step:
-                    on_step(report)
+                if on_step and on_step(report) is True:
+                    break
         finally:
-            if save_to and self.done:
+            if save_to and self.done > begun:
                 self.save(save_to)
 
     def step(self) -> StepReport:
@@ -161,10 +165,15 @@ class Trainer:
         """
         self.done = load_state(path, self.parameters, self.optimizer, self.averaged, self.config)
 
-    def _draws(self) -> list[Draw]:
+    def draws(self, step: int | None = None) -> list[Draw]:
+        """This process's part of the batch of a step, by default the next one. Of equal shapes side by side, so that they
+        can pass through the base at once.
+        """
         share = self.config.batch // self.communication.processes
         first = share * self.communication.rank
-        return batch_of(self.data, self.config.seed, self.done, self.config.batch, slice(first, first + share))
+        step = self.done if step is None else step
+        found = batch_of(self.data, self.config.seed, step, self.config.batch, slice(first, first + share))
+        return sorted(found, key=lambda draw: tuple(draw.sample.latent.shape))
 
     def _try_backward(self) -> Tensor:
         """The losses of this process's samples; gradients are left on the parameters. A process that fails takes the others
@@ -172,7 +181,7 @@ class Trainer:
         """
         losses, failure = torch.zeros(()), None
         try:
-            losses = self._backward(self._draws())
+            losses = self._backward(self.draws())
         except Exception as error:
             failure = error
         if anywhere(self.communication, failure is not None):
@@ -198,6 +207,7 @@ class Trainer:
         leaf = None if lora is None else leaves(lora)
         size, losses = self.config.micro_batch or len(draws), []
         for start in range(0, len(draws), size):
+            self.between()
             part = slice(start, start + size)
             found = self.objective.backward(
                 None if leaf is None else instances(leaf, part), draws[part], 1 / len(draws)

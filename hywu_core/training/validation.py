@@ -11,9 +11,11 @@ from .data import SampleSource, batch_of
 from .trainer import Trainer
 
 
-def validation_loss(trainer: Trainer, held_out: SampleSource, limit: int, seed: int = 0) -> float:
+def validation_loss(
+    trainer: Trainer, held_out: SampleSource, limit: int, seed: int = 0, base_alone: bool = False
+) -> float:
     """Mean loss over at most `limit` held-out pairs, always the same ones, shared out among the processes. Averaged weights
-    are used where the run has them.
+    are used where the run has them. `base_alone`: the base's own loss on the same pairs and noise.
 
     The trainer's objective must have `evaluate(lora, draws)`, as `hywu_core.host.training.DiffusionObjective` does.
     """
@@ -23,11 +25,19 @@ def validation_loss(trainer: Trainer, held_out: SampleSource, limit: int, seed: 
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), averaged_weights(trainer):
         for start in range(first, last, size):
+            trainer.between()
             draws = batch_of(held_out, seed, 0, count, slice(start, min(start + size, last)))
-            lora = trainer.trainable.lora([draw.sample for draw in draws])
+            lora = None if base_alone else trainer.trainable.lora([draw.sample for draw in draws])
             total += trainer.objective.evaluate(lora, draws).double().sum()
     communication.average([total])  # a mean of sums: times the processes it is the sum
     return float(total) * communication.processes / count
+
+
+def base_loss(trainer: Trainer, step: int) -> float:
+    """The base's own loss on the pairs and noise of one step."""
+    found = trainer.objective.evaluate(None, trainer.draws(step)).double().mean()
+    trainer.communication.average([found])
+    return float(found)
 
 
 @contextmanager

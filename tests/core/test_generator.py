@@ -1,16 +1,22 @@
 """The generator against the reference's numbers, and the chunked path against the plain one."""
 
+import dataclasses
 import json
 
+import counting
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from hywu_core import ConditionError, GenerationError, Generator, GeneratorConfig, load_generator
+from hywu_core.chunked import Engine, generate_layers
 from hywu_core.layout import lora_elements, token_counts
-from hywu_core.transformer import Tables
+from hywu_core.plan import parameters, plan, positions, summary
+from hywu_core.transformer import COMPLEX, MOST_SEQUENCES, REAL, Attention, Tables
 
 GENERATORS = ("gen_0", "gen_1", "gen_2")
 
@@ -69,12 +75,13 @@ def test_rotary_tables(case):
     generator, golden = case
     tables = Tables(generator.config, torch.device("cpu"))
     named = {"hw": tables.tokens(), "n": tables.layers(), "all": tables.grid(), "l7": tables.condition(7)}
-    for name, (cos, sin) in named.items():
+    for name, rotary in named.items():
         expected = golden[f"freqs.{name}"][0, 0]
-        torch.testing.assert_close(cos, expected[..., 0, 0], atol=1e-6, rtol=0)
-        torch.testing.assert_close(sin, expected[..., 1, 0], atol=1e-6, rtol=0)
-    whole, part = tables.grid(), tables.grid(3, 9)
-    assert torch.equal(part[0], whole[0][3:9])
+        torch.testing.assert_close(rotary.table.real, expected[..., 0, 0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(rotary.table.imag, expected[..., 1, 0], atol=1e-6, rtol=0)
+    whole, last = tables.grid().table, tables.positions * tables.num_layers
+    for start, stop in ((3, 9), (0, last), (tables.positions - 2, last - 1)):
+        assert torch.equal(tables.grid(start, stop).table, whole[start:stop])
 
 
 def test_bfloat16_stays_in_its_band(case):
@@ -201,3 +208,179 @@ def test_a_wrong_condition_names_what_is_read(generator, shape):
 def test_the_released_config_file_keeps_its_order(fixtures_dir):
     text = (fixtures_dir / "released_config.json").read_text()
     assert list(GeneratorConfig.from_json(text).pg_mapping) == list(json.loads(text)["pg_mapping"])
+
+
+@pytest.fixture
+def released(fixtures_dir):
+    return GeneratorConfig.from_json((fixtures_dir / "released_config.json").read_text())
+
+
+def medium(**changes) -> GeneratorConfig:
+    """Large enough that what one chunk costs stands out from what a tensor costs."""
+    values = dict(
+        d_model=128, head_dim=32, num_pg_layers=2, input_dim=96, output_dim=32, num_base_model_layers=4, rank=8, alpha=8,
+        token_dim=32, dim_accumulation=4, pg_mapping={"q": {"lora_A_dim": 32 * 300, "lora_B_dim": 32 * 290}},
+    )  # fmt: skip
+    return GeneratorConfig(**values | changes)
+
+
+def released_run(released, blocks: int, rotation=COMPLEX):
+    """Kernels, angles and copies of a generate of the released shape on the meta device, with so many blocks."""
+    config = dataclasses.replace(released, num_pg_layers=blocks)
+    generator = Generator(config, device="meta", dtype=torch.bfloat16)
+    tables = Tables(config, torch.device("meta"), rotation)
+    with torch.no_grad(), counting.Fused() as fused, counting.Kernels() as counted:
+        context = generator.context(torch.empty(1, 7000, 4096, device="meta", dtype=torch.bfloat16), tables)
+        for _ in generate_layers(generator.model, context, tables, chunk_bytes=2**28):
+            pass
+    return fused.kernels + sum(counted.launched.values()), counted
+
+
+def test_a_released_generate_makes_its_tables_once_and_launches_few_kernels(released):
+    distinct = (positions(released).each + released.num_base_model_layers + 7000) * released.head_dim // 2
+    (one, counted), (two, more) = released_run(released, 1), released_run(released, 2)
+    assert distinct <= counted.angles <= 1.5 * distinct and more.angles == counted.angles
+    assert 0 < counted.copied <= 10 and more.copied == counted.copied
+    assert two - one < 0.6 * 4695, "kernels of a block; 4,695 is one rotation, mask and product at a time"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotation_without_complex_numbers_is_the_same(dtype):
+    config, cpu = medium(), torch.device("cpu")
+    heads = torch.randn(2, 3, 17, 32, dtype=dtype)
+    complex_, real = (Tables(config, cpu, rotation).grid(600, 617) for rotation in (COMPLEX, REAL))
+    torch.testing.assert_close(complex_(heads), real(heads), atol=1e-6, rtol=0)
+    assert not torch.equal(heads, real(heads))
+
+
+def test_a_device_without_complex_numbers_gets_none_and_the_references_numbers(case):
+    generator, golden = case
+    assert Tables(generator.config, torch.device("mps")).rotation is REAL
+
+    class NoComplex(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            assert not any(tensor.is_complex() for tensor in counting.tensors(result)), func
+            return result
+
+    for name, condition in conditions(golden).items():
+        with NoComplex():
+            lora = generator.generate(condition, engine=Engine(rotation=REAL))
+        assert_reference(lora, golden, name)
+
+
+def test_fused_products_keep_names_and_numbers(generator):
+    attention = generator.model.blocks[0].self_attn_n
+    x, rotary = torch.randn(2, 3, 4, 64), Tables(generator.config, torch.device("cpu")).layers()
+    x = torch.randn(2, rotary.table.shape[0], 64)
+    apart, together = (
+        attention.queries_keys_values(x, rotary),
+        attention.queries_keys_values(x, rotary, attention.fused()),
+    )
+    for found, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    names = {name.rpartition(".")[0] for name in attention.state_dict()}
+    assert names == {"W_q", "W_k", "W_v", "W_o"}
+
+
+class NoRoomError(Exception):
+    """What a device says."""
+
+
+def small_device(most_elements: int):
+    """A device that cannot make a tensor of more elements."""
+
+    class SmallDevice(TorchDispatchMode):
+        refused = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            inputs = {tensor.untyped_storage().data_ptr() for tensor in counting.tensors((args, kwargs))}
+            for tensor in counting.tensors(result):
+                if tensor.numel() > most_elements and tensor.untyped_storage().data_ptr() not in inputs:
+                    SmallDevice.refused += 1
+                    raise NoRoomError
+            return result
+
+    return SmallDevice()
+
+
+def test_out_of_memory_halves_the_chunks_and_changes_no_number():
+    generator, condition = Generator(medium()).initialize(0), torch.randn(1, 8, 96)
+    torch.nn.init.normal_(generator.model.proj_out_B.weight)
+    expected = generator.generate(condition)
+    grid = positions(generator.config).all * 128
+    engine = Engine(is_out_of_memory=lambda error: isinstance(error, NoRoomError))
+    with small_device(grid) as device:
+        found = generator.generate(condition, chunk_bytes=2**40, engine=engine)
+    assert 0 < device.refused < 30, "found out once for a kind of work, not for every chunk"
+    for ours, theirs in zip(found.pairs, expected.pairs, strict=True):
+        torch.testing.assert_close(ours.up, theirs.up, atol=1e-5, rtol=0)
+
+
+def test_what_fits_in_no_way_is_one_error_with_its_size():
+    generator, condition = Generator(medium()).initialize(0), torch.randn(1, 8, 96)
+    engine = Engine(is_out_of_memory=lambda error: isinstance(error, NoRoomError))
+    with small_device(50), pytest.raises(GenerationError, match=r"Out of memory on cpu.*needs 0\.\d GB.*8 tokens"):
+        generator.generate(condition, engine=engine)
+    with small_device(50), pytest.raises(NoRoomError):
+        generator.generate(condition)
+
+
+@pytest.mark.parametrize("sequences", [MOST_SEQUENCES + 1, 2 * MOST_SEQUENCES + 7])
+def test_attention_over_layers_stays_within_what_kernels_can_index(sequences, monkeypatch):
+    """Forward and backward: a leading axis of more than 65,535, or more than 2^31 padded elements, crashes on GPUs."""
+    seen, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(queries, keys, values):
+        seen.append(queries.shape[0])
+        return plain(queries, keys, values)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    module = Attention(8, 2, torch.nn)
+    heads = [torch.randn(sequences, 2, 3, 4, requires_grad=True) for _ in range(3)]
+    split = module.attend(*heads)
+    assert sum(seen) == sequences and len(seen) > 1
+    assert all(size <= MOST_SEQUENCES and size * 2 * 128 * 32 <= 2**31 for size in seen)
+    whole = module.W_o(plain(*heads).transpose(1, 2).flatten(-2))
+    assert torch.equal(split, whole)
+    gradients = [torch.autograd.grad(out.square().sum(), heads) for out in (split, whole)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"hywu": {"encoder_layers": 2}}, {"num_pg_layers": 3, "dim_accumulation": 2}])
+def test_the_plan_counts_what_is_there(changes, released):
+    for config in (medium(**changes), released):
+        generator = Generator(config, device="meta")
+        assert parameters(config) == sum(parameter.numel() for parameter in generator.parameters())
+    generator, condition = Generator(medium(**changes)).initialize(0), torch.randn(2, 60, 96)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        generator(condition)
+    assert plan(generator.config, 2, 60, torch.float32).flops == pytest.approx(counted.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [16, 900])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_knows_the_peak(batch, length, dtype):
+    """What is alive at most during a run, weights and result left out, is what the plan says."""
+    generator = Generator(medium(d_model=256)).initialize(0).to(dtype)
+    condition = torch.randn(batch, length, 96, dtype=dtype)
+    planned = plan(generator.config, batch, length, dtype)
+    tables = Tables(generator.config, torch.device("cpu"))
+    with torch.no_grad(), counting.Alive() as alive:
+        context = generator.context(condition.clone(), tables)
+        for _ in generate_layers(generator.model, context, tables, planned.chunk):
+            pass
+    assert alive.peak == pytest.approx(planned.peak, rel=0.1)
+
+
+def test_the_plan_of_the_released_generator(released):
+    whole = plan(released, 1, 7000, torch.bfloat16)
+    assert whole.weights == 2 * 8_096_647_168 and 3.4e15 < whole.flops < 3.6e15
+    assert 2.0e9 < whole.peak < 2.8e9 and whole.streamed == 0
+    small = plan(released, 1, 7000, torch.bfloat16, budget=8 * 2**30)
+    assert small.peak < whole.peak and small.streamed == small.weights + small.peak + small.block - 8 * 2**30
+    int8 = plan(released, 1, 7000, torch.bfloat16, matrix_bytes=1)
+    assert 0.5 * whole.weights < int8.weights < 0.52 * whole.weights
+    assert summary(released, whole.weights) == ("8,096.6 M parameters (16.19 GB), 5,516 x 32 positions, LoRA 723.0 M")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hywu_core import InstanceLora, LoraError, LoraFactor
-from hywu_core.lora import blend, cosine, inner, norms, truncate
+from hywu_core.lora import blend, cosine, cosines, inner, norms, truncate
 
 SHAPES = {"a.q": (24, 16, None), "a.mlp": (10, 30, None), "a.experts.w1": (12, 8, 3)}  # out, in, experts
 
@@ -73,8 +73,33 @@ def test_norms_inner_and_cosine_are_the_dense_ones():
     torch.testing.assert_close(inner(*pair), expected, atol=1e-4, rtol=1e-6)
     zero = one.scaled(0.0)
     assert not cosine(one, zero).any()
-    with pytest.raises(LoraError, match="same targets"):
+    with pytest.raises(LoraError, match="same targets.*only one has"):
         cosine(one, random_lora(1, names=("a.q",)))
+
+
+def test_cosines_are_computed_once_for_each_two():
+    loras = [random_lora(seed) for seed in range(3)]
+    told = []
+    found = cosines([*loras, loras[0].select(1)], lambda done, total: told.append((done, total)))
+    assert found.shape == (4, 4, 2) and torch.equal(found, found.transpose(0, 1))
+    for i, one in enumerate(loras):
+        for j, two in enumerate(loras):
+            torch.testing.assert_close(found[i, j], cosine(one, two), atol=1e-12, rtol=0)
+    assert float(found[0, 3, 1]) == pytest.approx(1) and abs(float(found[0, 3, 0])) < 0.9
+    assert told == [(done, len(SHAPES)) for done in range(1, len(SHAPES) + 1)]
+
+
+def test_loras_that_cannot_be_compared():
+    one = random_lora(1)
+    three = InstanceLora(
+        {name: LoraFactor(*(t.repeat(3, *[1] * (t.ndim - 1))[:3] for t in pair)) for name, pair in one.factors.items()}
+    )
+    with pytest.raises(LoraError, match=r"batch sizes \[2, 3\] cannot be compared"):
+        cosine(one, three)
+    pair = one.factors["a.q"]
+    other = InstanceLora(dict(one.factors) | {"a.q": LoraFactor(pair.down[..., 1:], pair.up)})
+    with pytest.raises(LoraError, match="a.q has different shapes in the LoRAs to compare"):
+        cosine(one, other)
 
 
 def test_it_is_a_value():

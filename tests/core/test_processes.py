@@ -9,7 +9,7 @@ from hywu_core import Generator, GeneratorConfig
 from hywu_core.errors import ConfigError
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer, TrainingError
 from hywu_core.training.distributed import buckets
-from hywu_core.training.run import build_run, read_arguments
+from hywu_core.training.options import build_run, read_arguments
 from hywu_core.training.validation import averaged_weights
 
 
@@ -189,13 +189,11 @@ def test_averaged_weights_stand_in_for_a_time():
 
 def test_a_run_is_read_from_a_file_with_flags_on_top(tmp_path):
     file = tmp_path / "run.json"
-    file.write_text(
-        '{"pocket": true, "steps": 20, "learning_rate": 1, "betas": [0.9, 0.95], "text_encoders": ["a", "b"]}'
-    )
-    run = read_arguments(["--config", str(file), "--steps", "30", "--no-pocket"], "")
+    file.write_text('{"cpu": true, "steps": 20, "learning_rate": 1, "betas": [0.9, 0.95], "text_encoders": ["a", "b"]}')
+    run = read_arguments(["--config", str(file), "--steps", "30", "--no-cpu"], "")
     assert (run.training.steps, run.training.learning_rate, run.training.betas) == (30, 1.0, (0.9, 0.95))
-    assert (run.pocket, run.text_encoders) == (False, ("a", "b"))
-    assert run.identity() == build_run(run.identity()["training"] | {"text_encoders": ["a", "b"]}).identity()
+    assert (run.cpu, run.text_encoders) == (False, ("a", "b"))
+    assert run.training.identity() == build_run(run.training.identity() | {"steps": 7}).training.identity()
 
 
 @pytest.mark.parametrize(

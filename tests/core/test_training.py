@@ -100,11 +100,11 @@ def test_loss_falls():
 
 def test_two_stage_backward_is_the_single_graph():
     run = trainer(micro_batch=2)
-    draws = run._draws()
+    draws = run.draws()
     run._backward(draws)
     two_stage = {name: parameter.grad.clone() for name, parameter in run.parameters.items()}
     run.optimizer.zero_grad()
-    (run.objective.losses(run.trainable.lora([draw.sample for draw in run._draws()]), run._draws()).mean()).backward()
+    (run.objective.losses(run.trainable.lora([draw.sample for draw in run.draws()]), run.draws()).mean()).backward()
     for name, parameter in run.parameters.items():
         torch.testing.assert_close(two_stage[name], parameter.grad, atol=1e-6, rtol=1e-5)
 
@@ -124,10 +124,10 @@ def test_gradients_of_the_whole_chain_agree_with_finite_differences():
         head = generator.model.proj_out_B.weight
         head.copy_(torch.randn(head.shape, generator=source, dtype=torch.float64) * 0.1)
     run = Trainer(GeneratorTrainable(generator, torch.float64), Quadratic(), Pairs(), TrainConfig(batch=2))
-    run._backward(run._draws())
+    run._backward(run.draws())
 
     def loss():
-        draws = run._draws()
+        draws = run.draws()
         with torch.no_grad():
             return float(Quadratic().losses(run.trainable.lora([d.sample for d in draws]), draws).mean())
 

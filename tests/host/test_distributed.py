@@ -18,18 +18,22 @@ from safetensors.torch import load_file, save_file
 
 from hywu_core import Generator, load_generator
 from hywu_core.bases import pocket
-from hywu_core.errors import CheckpointError, ConfigError, HywuError, MatchError
+from hywu_core.errors import CheckpointError, ConfigError, HywuError
 from hywu_core.host.model import StackError
 from hywu_core.host.training import base_files
-from hywu_core.host.training.in_script import GENERATOR, StoppedError, train
+from hywu_core.host.training.in_script import GENERATOR, train_on_folder
 from hywu_core.host.training.pairs_of_folder import Encoders, PairError, hold_out, read_pairs
+from hywu_core.host.training.session import FINISH, StoppedError
 from hywu_core.training import TrainingError
 from hywu_core.training.distributed import Accelerated
 from hywu_core.training.log import LOG, STATE, VALIDATION
-from hywu_core.training.run import build_run
+from hywu_core.training.options import build_run
 
 pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))
+from pocket_run import PocketRun, sources  # noqa: E402
+
 WORDS = ("brighten the picture", "darken the picture", "make it vivid", "make it gray")
 
 
@@ -55,7 +59,7 @@ def options(tmp_path, **changes):
     """A short run for the pocket editor on four pairs."""
     values = {
         "cpu": True, "pocket": True, "pairs": str(tmp_path / "pairs"), "output": str(tmp_path / "out"), "steps": 4,
-        "batch": 2, "warmup": 0, "save_every": 2, "validate_every": 2, "held_out_share": 0.25,
+        "batch": 2, "warmup": 0, "save_every": 2, "validate_every": 2, "held_out_share": 0.25, "size": 16,
     }  # fmt: skip
     return values | changes
 
@@ -102,9 +106,14 @@ def weights(folder):
     return load_file(folder / GENERATOR / "model.safetensors")
 
 
-def run(tmp_path, **changes):
+def run(tmp_path, stop=lambda: False, say=lambda text: None, encoders=None, **changes):
     """The same in this process."""
-    return train(build_run(options(tmp_path, **changes)), Accelerated(cpu=True), say=lambda text: None)
+    config = build_run(options(tmp_path, **changes), PocketRun)
+    given = sources(config)
+    if encoders:
+        base_of = given["base_of"]
+        given["base_of"] = lambda run: base_of(run)._replace(encoders=lambda: encoders)
+    return train_on_folder(config, Accelerated(cpu=True), stop, say, **given)
 
 
 def test_two_processes_equal_one_on_the_same_global_batch(tmp_path):
@@ -134,7 +143,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_goes_on_exactly
     codes, said = finish(*processes)
     assert codes == [130, 130], said
     assert "Stopped after step" in said[0] and "goes on" in said[0]
-    assert (tmp_path / "out" / STATE).exists() and not (tmp_path / "out" / GENERATOR).exists()
+    assert (tmp_path / "out" / STATE).exists()
+    left = load_generator(tmp_path / "out" / GENERATOR)
+    assert 3 <= left.config.hywu["training"]["steps"] < 24
     codes, said = finish(*start_two(values, tmp_path))
     assert codes == [0, 0], said
     codes, said = finish(*start_two(values | {"output": str(tmp_path / "whole")}, tmp_path))
@@ -163,7 +174,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 def test_a_stopped_run_goes_on_in_the_same_process_too(tmp_path):
     folder_of_pairs(tmp_path / "pairs")
     with pytest.raises(StoppedError, match="after step 1"):
-        train(build_run(options(tmp_path)), Accelerated(cpu=True), lambda: (tmp_path / "out" / LOG).exists(), str)
+        run(tmp_path, stop=lambda: (tmp_path / "out" / LOG).exists())
     run(tmp_path)
     run(tmp_path, output=str(tmp_path / "whole"))
     resumed, whole = weights(tmp_path / "out"), weights(tmp_path / "whole")
@@ -184,6 +195,7 @@ def test_shipped_pictures_with_a_suite(tmp_path):
         run(
             tmp_path,
             pairs="",
+            held_out="",
             suite="instance",
             size=16,
             variants=1,
@@ -212,13 +224,14 @@ def flux_files(tmp_path, monkeypatch):
     clip = pocket.load_pocket_editor()[1]
     monkeypatch.setattr(base_files.comfy.sd, "load_clip", lambda files, clip_type: clip)
     encode = staticmethod(lambda pixels: torch.nn.functional.pixel_unshuffle(pixels.movedim(-1, 1), 4)[:, :16])
-    monkeypatch.setattr(base_files, "_vae", lambda name: type("Vae", (), {"encode": encode}))
+    vae = {"encode": encode, "vae_encode_crop_pixels": staticmethod(lambda pixels: pixels)}
+    monkeypatch.setattr(base_files, "_vae", lambda name: type("Vae", (), vae))
     for name in ("clip.safetensors", "vae.safetensors"):
         (tmp_path / name).touch()
     return {
         "pocket": False, "model": str(tmp_path / "flux.safetensors"), "generator": "",
         "vae": str(tmp_path / "vae.safetensors"),
-        "text_encoders": [str(tmp_path / "clip.safetensors")], "targets": "img_attn.*", "stack": "double_blocks",
+        "text_encoders": [str(tmp_path / "clip.safetensors")], "targets": "img_attn.*", "stack": "double_blocks", "size": 0,
     }  # fmt: skip
 
 
@@ -235,7 +248,7 @@ def test_the_hosts_own_vae_without_a_file(tmp_path):
     torch.testing.assert_close(found.float(), pixels.movedim(-1, 1) * 2 - 1, atol=1e-2, rtol=0)
 
 
-def test_a_quantised_base_is_refused(tmp_path, flux_files):
+def test_a_quantised_base_gets_a_new_generator_and_is_trained_on(tmp_path, flux_files):
     folder_of_pairs(tmp_path / "pairs")
     state = load_file(flux_files["model"])
     for name in [name for name in state if name.endswith("img_attn.proj.weight")]:
@@ -244,8 +257,8 @@ def test_a_quantised_base_is_refused(tmp_path, flux_files):
         text = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
         state[name.replace(".weight", ".comfy_quant")] = text
     save_file(state, flux_files["model"])
-    with pytest.raises(MatchError, match="is quantised"):
-        run(tmp_path, **flux_files)
+    trained = load_generator(run(tmp_path, **flux_files, rank=4))
+    assert list(trained.config.pg_mapping) == ["img_attn.qkv", "img_attn.proj"]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +270,9 @@ def test_a_quantised_base_is_refused(tmp_path, flux_files):
         ({"model": "README.md"}, CheckpointError, "The host cannot load"),
         ({"targets": "no_such.*"}, StackError, "No linear layer"),
         ({"source": "thoughts"}, ConfigError, "source must be one of"),
-        ({"generator": "nowhere.json"}, ConfigError, "nowhere.json cannot be read"),
+        ({"generator": "nowhere.json", "targets": "", "stack": "largest"}, ConfigError, "nowhere.json cannot be read"),
+        ({"generator": "nowhere.json"}, ConfigError, "stack has no effect with generator"),
+        ({"suite": "all"}, ConfigError, "suite has no effect without the pictures that ship"),
         ({"pairs": ""}, ConfigError, "nothing to train on"),
     ],
 )
@@ -359,11 +374,49 @@ def test_whole_pictures_are_held_out(tmp_path):
 def test_another_run_in_the_same_folder_is_refused(tmp_path):
     lines = folder_of_pairs(tmp_path / "pairs")
     run(tmp_path)
-    with pytest.raises(ConfigError, match="with steps 4, now it is 8"):
-        run(tmp_path, steps=8)
+    with pytest.raises(TrainingError, match="other learning_rate .*restart"):
+        run(tmp_path, learning_rate=0.5)
+    with pytest.raises(TrainingError, match="other generator"):
+        run(tmp_path, rank=8, alpha=16.0)
     write_list(tmp_path / "pairs", lines[::-1])
-    with pytest.raises(ConfigError, match="with data '4 pairs"):
+    with pytest.raises(TrainingError, match="other pictures"):
         run(tmp_path)
+    write_list(tmp_path / "pairs", [*lines[:3], lines[3] | {"instruction": "make it vivid"}])
+    with pytest.raises(TrainingError, match="other instructions"):
+        run(tmp_path)
+    write_list(tmp_path / "pairs", lines)
+    assert len(list(csv.DictReader((run(tmp_path, steps=6).parent / LOG).open()))) == 6
+
+
+def test_other_pictures_under_the_same_names_are_another_run(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    run(tmp_path)
+    for path in (tmp_path / "pairs").glob("*.png"):
+        times = path.stat().st_atime, path.stat().st_mtime
+        Image.open(path).rotate(90).save(path)
+        os.utime(path, times)
+    with pytest.raises(TrainingError, match="other pictures"):
+        run(tmp_path)
+
+
+def test_flags_of_a_new_generator_are_obeyed_for_the_shipped_pictures_too(tmp_path):
+    trained = run(tmp_path, pairs="", rank=8, alpha=8.0, targets="img_attn.*", encoder_layers=2, steps=1, variants=1)
+    config = load_generator(trained).config
+    assert (config.rank, config.alpha, config.encoder_layers) == (8, 8.0, 2)
+    assert list(config.pg_mapping) == ["img_attn.qkv", "img_attn.proj"]
+
+
+def test_a_run_speaks_early_keeps_generators_and_can_be_finished(tmp_path):
+    folder_of_pairs(tmp_path / "pairs")
+    said = []
+    (tmp_path / "out").mkdir()
+    run(tmp_path, say=said.append, keep_every=3)
+    steps = [line for line in said if line.startswith("step ")]
+    assert steps[0].startswith("step 1/4: loss ") and "without a LoRA" in steps[0]
+    assert load_generator(tmp_path / "out" / f"{GENERATOR}-000003").config.hywu["training"]["steps"] == 3
+    (tmp_path / "out" / FINISH).touch()
+    ended = run(tmp_path, steps=40)
+    assert load_generator(ended).config.hywu["training"]["steps"] == 5
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
@@ -374,15 +427,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
-def test_a_text_encoder_that_gives_what_no_file_holds(tmp_path, monkeypatch):
+def test_a_text_encoder_that_gives_what_no_file_holds(tmp_path):
     folder_of_pairs(tmp_path / "pairs")
     clip = type(
         "Clip", (), {"tokenize": lambda *a, **k: 0, "encode_from_tokens": lambda *a, **k: {"hooks": object()}}
     )()
-    encoders = Encoders(clip, pocket.load_pocket_editor()[2])
-    monkeypatch.setattr("hywu_core.host.training.in_script._pocket_encoders", lambda: encoders)
     with pytest.raises(PairError, match="hooks as object, which cannot be kept"):
-        run(tmp_path)
+        run(tmp_path, encoders=Encoders(clip, pocket.load_pocket_editor()[2]))
 
 
 def test_without_accelerate_the_command_that_installs_it_is_named(tmp_path, monkeypatch):

@@ -172,12 +172,12 @@ def test_samples_of_different_sizes_go_one_by_one():
     assert all(factor.grad.flatten(1).any(1).all() for pair in lora.pairs for factor in pair)
 
 
-def test_a_quantised_base_is_refused():
+def test_what_is_quantised_but_no_layer_of_the_host_is_refused():
     family = families.flux()
-    family.model.model.diffusion_model.img_in.weight.data = family.model.model.diffusion_model.img_in.weight.to(
-        torch.float8_e4m3fn
+    family.model.model.diffusion_model.pe_embedder.register_parameter(
+        "codes", torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     )
-    with pytest.raises(MatchError, match="img_in.weight is quantised"):
+    with pytest.raises(MatchError, match="pe_embedder.codes is quantised"):
         DiffusionObjective(family.model)
 
 

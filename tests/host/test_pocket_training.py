@@ -110,6 +110,16 @@ def test_a_pair_is_what_the_edit_makes_of_the_picture(clip):
     assert len({(c.picture, c.edit) for c in told.balanced_cases(48)}) == 48
 
 
+@pytest.mark.parametrize("count", [8, 12])
+def test_no_case_comes_twice_however_few_pictures_there_are(clip, count):
+    few = EditingTask(clip, torch.rand(count, 3, 8, 8), [str(i) for i in range(count)], edits.SUITES["eight"])
+    for asked in (8, 40, 64, 500):
+        cases = few.balanced_cases(asked)
+        assert len(set(cases)) == len(cases) == min(asked, count * 8)
+        asked_of = [case.edit for case in cases]
+        assert {asked_of.count(edit) for edit in range(8)} == {len(cases) // 8}
+
+
 def test_patches_are_rows_of_the_picture():
     latent = torch.arange(2 * 4 * 6).view(1, 2, 4, 6).float()
     found = patches(latent, 2)

@@ -215,14 +215,42 @@ def test_one_pair_is_one_clear_error(workshop):
     assert "one training pair" in run.error
 
 
-def test_other_settings_under_the_same_name_are_refused_and_nothing_is_lost(workshop):
+def test_other_settings_or_pictures_under_the_same_name_are_refused_and_nothing_is_lost(workshop):
     assert workshop.run("HYWUSaveGenerator", **train("kept")).outcome == "execution_success"
     state = workshop.folder("kept") / "state.safetensors"
     before = state.read_bytes()
     run = workshop.run("HYWUSaveGenerator", **train("kept", learning_rate=0.5))
     assert run.outcome == "execution_error"
     assert "learning_rate" in run.error and "new run name" in run.error
+    prompt = workshop.graph("HYWUSaveGenerator", **train("kept"))
+    crops = [node["inputs"] for node in prompt.values() if node["class_type"] == "ImageCrop"]
+    for crop in crops:
+        crop["x"] = 8 if crop["x"] == 0 else crop["x"]
+    other = workshop.server.run(prompt)
+    assert other.outcome == "execution_error" and "other pictures" in other.error, other.error
     assert state.read_bytes() == before
+
+
+def test_a_cancelled_run_gives_its_generator_and_a_finished_one_goes_on(workshop):
+    run = workshop.run("HYWUSaveGenerator", on_message=pressing_cancel_at(workshop, 2), **train("taken", steps=5000))
+    assert run.outcome == "execution_interrupted"
+    done = len(workshop.losses("taken"))
+    left = tensors(str(workshop.folder("taken") / "generator.safetensors"))
+    whole = {"filename": "taken", "dtype": "as trained"}
+    taken = workshop.run("HYWUSaveGenerator", **train("taken", steps=done), HYWUSaveGenerator=whole)
+    assert taken.outcome == "execution_success" and len(workshop.losses("taken")) == done
+    assert all(np.array_equal(values, left[name]) for name, values in tensors(path_of(taken, workshop)).items())
+    longer = workshop.run("HYWUSaveGenerator", **train("taken", steps=done + 2))
+    assert longer.outcome == "execution_success" and len(workshop.losses("taken")) == done + 2
+    again = workshop.run("HYWUSaveGenerator", **train("taken", steps=1, if_exists="restart"))
+    assert again.outcome == "execution_success" and len(workshop.losses("taken")) == 1
+
+
+def test_generators_that_are_kept_on_the_way_can_be_chosen(workshop):
+    run = workshop.run("HYWUSaveGenerator", **train("spoken", keep_every=2))
+    assert run.outcome == "execution_success", run.messages[-1]
+    options = workshop.server.get("/object_info/HYWULoadGenerator")["HYWULoadGenerator"]
+    assert "spoken/step-000002.safetensors" in json.dumps(options)
 
 
 def test_a_run_folder_that_cannot_be_written_to(workshop):

@@ -32,9 +32,16 @@ def browser():
         opened.close()
 
 
-@pytest.fixture(scope="session")
-def server(browser, host_dir, tmp_path_factory) -> HostServer:
-    with HostServer(sys.executable, host_dir, tmp_path_factory.mktemp("web")) as server:
+def frontends() -> dict[str, tuple[str, ...]]:
+    """{name: the host's arguments}: its own frontend, and those that scripts/test.sh fetched."""
+    newer = sorted((ROOT / ".host" / "frontend").glob("*/index.html"))
+    return {"own": ()} | {file.parent.name: ("--front-end-root", str(file.parent)) for file in newer}
+
+
+@pytest.fixture(scope="session", params=frontends().items(), ids=lambda frontend: frontend[0])
+def server(request, browser, host_dir, tmp_path_factory) -> HostServer:
+    _, arguments = request.param
+    with HostServer(sys.executable, host_dir, tmp_path_factory.mktemp("web"), arguments=arguments) as server:
         draw_picture(server.input / PICTURE)
         yield server
 

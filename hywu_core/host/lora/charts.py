@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ...lora import InstanceLora, cosine, norms
+from ...lora import InstanceLora, cosines, norms
+from .. import progress
 
-_LAYER = re.compile(r"^(?P<stack>.*?)(?P<layer>\d+)\.(?P<target>.+)$")  # the first number of a name is the layer
+# "<stack>.<layer>.<target>", or with the underscores that some trainers write; the first number is the layer
+_PLACE = re.compile(r"^(?P<stack>.*?)[._]?(?<![^._])(?P<layer>\d+)[._](?P<target>.+)$")
 CELL, MARGIN, LINE = 44, 10, 16  # pixels
+MOST = (64, 32)  # rows and columns of a picture; with more, neighbours share a cell
+WIDEST = 40  # characters of a name in a picture
 LOW, MIDDLE, HIGH = (38, 70, 140), (245, 245, 245), (190, 50, 40)
 PLOT = (360, 220)  # pixels of a plot's area
 COLOURS = ((110, 110, 110), (38, 70, 140), (190, 50, 40), (205, 140, 30))  # of lines, in their order
 GREY = (170, 170, 170)
+
+Cells = dict[tuple[int, int], float]  # {(row, column): value}; a layer need not have every target
 
 
 def norms_by_layer(lora: InstanceLora) -> tuple[Tensor, str]:
@@ -27,28 +34,32 @@ def norms_by_layer(lora: InstanceLora) -> tuple[Tensor, str]:
         an IMAGE (1, H, W, 3) and a table as tab-separated text.
     """
     places = [_place(name) for name in lora.names]
-    layers = sorted({layer for layer, _ in places})
-    targets = list(dict.fromkeys(target for _, target in places))
-    values = torch.full((len(layers), len(targets)), float("nan"), dtype=torch.float64)
-    for (layer, target), norm in zip(places, norms(lora).values(), strict=True):
-        values[layers.index(layer), targets.index(target)] = norm.mean()
-    rows = [f"layer {layer}" for layer in layers]
+    stacks = list(dict.fromkeys(stack for stack, _, _ in places))
+    layers = sorted({place[:2] for place in places}, key=lambda layer: (stacks.index(layer[0]), layer[1]))
+    targets = list(dict.fromkeys(target for _, _, target in places))
+    row_of, column_of = ({found: index for index, found in enumerate(all_)} for all_ in (layers, targets))
+    cells = {
+        (row_of[place[:2]], column_of[place[2]]): float(norm.mean())
+        for place, norm in zip(places, norms(lora).values(), strict=True)
+    }
+    rows = [f"{stack if len(stacks) > 1 else 'layer'} {layer}".strip() for stack, layer in layers]
     summary = f"norm of dW, rank {lora.rank}, scale {lora.scale:g}"
-    peak = float(values.nan_to_num().max()) or 1.0
-    return _heat_map(values, rows, targets, summary, (0.0, peak)), _table(values, rows, targets, summary)
+    peak = max((value for value in cells.values() if isfinite(value)), default=0.0) or 1.0
+    return _heat_map(cells, rows, targets, summary, (0.0, peak)), _table(cells, rows, targets, summary)
 
 
-def cosines(loras: Sequence[InstanceLora]) -> tuple[Tensor, str]:
-    """The cosine of dW between every two LoRAs.
+def cosines_of(loras: Sequence[InstanceLora]) -> tuple[Tensor, str]:
+    """The cosine of dW between every two LoRAs, the mean where they are batches. Shows progress and can be cancelled.
 
     Returns:
         an IMAGE (1, H, W, 3) and a table as tab-separated text.
     Raises:
-        LoraError: if they have not the same targets.
+        LoraError: see `hywu_core.lora.cosines`.
     """
-    values = torch.tensor([[float(cosine(a, b).mean()) for b in loras] for a in loras], dtype=torch.float64)
+    values = cosines(loras, progress.bar()).mean(-1).tolist()
+    cells = {(r, c): value for r, line in enumerate(values) for c, value in enumerate(line)}
     names = [_label(index, lora) for index, lora in enumerate(loras)]
-    return _heat_map(values, names, names, "cosine of dW", (-1.0, 1.0)), _table(values, names, names, "cosine of dW")
+    return _heat_map(cells, names, names, "cosine of dW", (-1.0, 1.0)), _table(cells, names, names, "cosine of dW")
 
 
 def losses_by_level(
@@ -119,26 +130,50 @@ def _intervals(
     draw.text((across(0) - 3, y + PLOT[1] + 4), "0", fill="black", font=font)
 
 
-def _place(name: str) -> tuple[int, str]:
-    match = _LAYER.match(name)
-    return (int(match["layer"]), match["target"]) if match else (0, name)
+def _place(name: str) -> tuple[str, int, str]:
+    match = _PLACE.match(name)
+    return (match["stack"], int(match["layer"]), match["target"]) if match else ("", 0, name)
 
 
 def _label(index: int, lora: InstanceLora) -> str:
-    instruction = str(lora.metadata.get("instruction") or "").strip().replace("\n", " ")
+    instruction = " ".join(str(lora.metadata.get("instruction") or "").split())
     return f"{index + 1} {instruction[:24]}".strip()
 
 
-def _table(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> str:
+def _table(cells: Cells, rows: Sequence[str], columns: Sequence[str], title: str) -> str:
     lines = ["\t".join((title, *columns))]
-    lines += ["\t".join((row, *(f"{v:.4g}" for v in line))) for row, line in zip(rows, values.tolist(), strict=True)]
+    for r, row in enumerate(rows):
+        lines.append("\t".join((row, *(f"{cells.get((r, c), float('nan')):.4g}" for c in range(len(columns))))))
     return "\n".join(lines)
 
 
+def _fewer(names: Sequence[str], most: int) -> tuple[list[str], int]:
+    """Names for at most so many rows or columns, and how many neighbours share one."""
+    share = -(-len(names) // most)
+    parts = [names[start : start + share] for start in range(0, len(names), share)]
+    return [_short(part[0]) + (f" +{len(part) - 1}" if len(part) > 1 else "") for part in parts], share
+
+
+def _short(name: str) -> str:
+    half = WIDEST // 2
+    return name if len(name) <= WIDEST else f"{name[: half - 1]}...{name[2 - half :]}"
+
+
+def _shared(cells: Cells, down: int, across: int) -> Cells:
+    """The means of blocks of cells."""
+    blocks: dict[tuple[int, int], list[float]] = {}
+    for (row, column), value in cells.items():
+        blocks.setdefault((row // down, column // across), []).append(value)
+    return {place: sum(values) / len(values) for place, values in blocks.items()}
+
+
 def _heat_map(
-    values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, limits: tuple[float, float]
+    cells: Cells, rows: Sequence[str], columns: Sequence[str], title: str, limits: tuple[float, float]
 ) -> Tensor:
     font = ImageFont.load_default(12)
+    (rows, down), (columns, across) = _fewer(rows, MOST[0]), _fewer(columns, MOST[1])
+    if down * across > 1:
+        cells, title = _shared(cells, down, across), f"{title}; means of {down} x {across} cells, all are in the table"
     left = MARGIN + int(max(font.getlength(row) for row in rows)) + MARGIN
     top = MARGIN + LINE * (3 + len(columns))
     middles = [left + CELL * c + CELL // 2 for c in range(len(columns))]
@@ -150,11 +185,11 @@ def _heat_map(
     for c, name in enumerate(columns):  # names step down to the right, so that no line down to a column crosses one
         x, y = middles[c], MARGIN + LINE * (c + 2)
         draw.text((x + 4, y), name, fill="black", font=font)
-        draw.line((x, y + LINE // 2, x, top - 4), fill=(170, 170, 170))
+        draw.line((x, y + LINE // 2, x, top - 4), fill=GREY)
     for r, name in enumerate(rows):
         draw.text((MARGIN, top + CELL * r + CELL // 3), name, fill="black", font=font)
-        for c in range(len(columns)):
-            _cell(draw, (left + CELL * c, top + CELL * r), float(values[r, c]), limits, font)
+    for (r, c), value in cells.items():
+        _cell(draw, (left + CELL * c, top + CELL * r), value, limits, font)
     return _as_image(image)
 
 
@@ -170,7 +205,8 @@ def _cell(
     font: ImageFont.FreeTypeFont,
 ) -> None:
     x, y = corner
-    if value != value:  # this layer has not this target
+    if not isfinite(value):
+        draw.text((x + 4, y + CELL // 3), f"{value}", fill="black", font=font)
         return
     share = min(1.0, max(0.0, (value - limits[0]) / (limits[1] - limits[0])))
     share = share if limits[0] < 0 else 0.5 + share / 2  # values that cannot be negative start at the middle colour

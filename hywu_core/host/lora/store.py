@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +15,13 @@ import torch
 from ...errors import LoraError, SaveError
 from ...files.lora_files import Dialect, from_state_dict, load_lora, save_lora
 from ...lora import InstanceLora, blend, truncate
+from .. import progress
 
 FOLDER = "loras"
+_SEPARATORS = re.compile(
+    r",?[\s;\uff1b\uff0c\u3001]+"
+)  # also full-width ones; a comma with nothing after it is left in the word
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+%?$")
 SAVE_DTYPES = {
     "as generated": None,
     "float32": torch.float32,
@@ -80,14 +88,36 @@ def as_instance_lora(lora: InstanceLora | Mapping[str, torch.Tensor]) -> Instanc
 
 
 def blend_from_text(loras: Sequence[InstanceLora], weights: str, max_rank: int = 0) -> InstanceLora:
-    """Blend with weights as an artist writes them: "0.7, 0.3", or nothing for equal shares.
+    """Blend with weights as an artist writes them: "0.7, 0.3", "70% 30%", "0,7; 0,3", or nothing for equal shares.
 
     Raises:
-        LoraError: if the weights are no numbers, or not one for each LoRA.
+        LoraError: if the weights are no numbers, could be read in two ways, or are not one for each LoRA.
     """
+    blended = blend(loras, _weights(weights, len(loras)) or [1 / len(loras)] * len(loras))
+    return truncate(blended, max_rank, progress.bar()) if max_rank else blended
+
+
+def _weights(text: str, count: int) -> list[float]:
+    words = [word.strip(",") for word in _SEPARATORS.split(text) if word.strip(",")]
+    joined = [word for word in words if "," in word]
+    if joined and "." not in text and all(_DECIMAL_COMMA.match(word) for word in joined):
+        if len(words) != count:
+            first = joined[0].split(",")
+            raise LoraError(
+                f"{joined[0]!r} in the weights can mean {first[0]} and {first[1]}, or one number. Write decimals with a "
+                f'point and a space after each comma, such as "0.7, 0.3".'
+            )
+        words = [word.replace(",", ".") for word in words]
     try:
-        numbers = [float(word) for word in weights.replace(",", " ").split()] or [1 / len(loras)] * len(loras)
+        numbers = [_number(part) for word in words for part in word.split(",")]
     except ValueError:
-        raise LoraError(f"The weights {weights!r} are not numbers separated by commas, such as 0.7, 0.3.") from None
-    blended = blend(loras, numbers)
-    return truncate(blended, max_rank) if max_rank else blended
+        raise LoraError(f"The weights {text!r} are not numbers separated by commas, such as 0.7, 0.3.") from None
+    return numbers
+
+
+def _number(word: str) -> float:
+    plain = unicodedata.normalize("NFKC", word)
+    value = float(plain.removesuffix("%")) / (100 if plain.endswith("%") else 1)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value

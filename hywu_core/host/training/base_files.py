@@ -13,10 +13,11 @@ import comfy.utils
 import torch
 
 from ...errors import CheckpointError
-from ...training.run import RunConfig
+from ...training.options import RunConfig
 from .pairs_of_folder import Encoders
 
 PIXEL_SPACE = "pixel_space"
+SAMPLED, SAMPLES, SAMPLE = 1 << 20, 2048, 4096  # bytes at a file's beginning; samples of so many bytes beyond
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,7 +29,7 @@ def check_files(run: RunConfig) -> None:
     """
     if not run.checkpoint and not (run.model and run.text_encoders and run.vae):
         raise CheckpointError(
-            "A run needs a base: --model, --text-encoders and --vae (or --checkpoint with all three), or --pocket."
+            "A run needs a base: --model, --text-encoders and --vae (or --checkpoint with all three)."
         )
     if run.clip_type.upper() not in comfy.sd.CLIPType.__members__:
         kinds = ", ".join(sorted(name.lower() for name in comfy.sd.CLIPType.__members__))
@@ -45,9 +46,17 @@ def base_files(run: RunConfig) -> list[Path]:
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """Of files' names, sizes and times, to tell apart what different encoders made."""
-    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    """Of files' sizes and a sample of their bytes, to tell apart what different encoders made."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as handle:
+            digest.update(handle.read(SAMPLED))  # names and shapes, in a safetensors file
+            for place in range(SAMPLES):  # so many that every large matrix is met
+                handle.seek(max(0, size - SAMPLE) * place // (SAMPLES - 1))
+                digest.update(handle.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def load_model(run: RunConfig) -> Any:

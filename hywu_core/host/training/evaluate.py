@@ -23,12 +23,13 @@ from .. import memory
 from ..lora import charts
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
-from .objective import DiffusionObjective, refuse_quantised
+from .frozen import refuse_untrainable
+from .objective import DiffusionObjective
 from .pairs_of_lists import HostPairs, host_pairs
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the sampling, noise at its start
-AVERAGED = 16  # instances whose products are averaged, at most
-BASE, MATCHED, SHUFFLED, AVERAGE = "base", "matched", "shuffled", "averaged"
+AVERAGED = 16  # instances whose products are averaged, and that are held at once, at most
+CONTROLS = BASE, MATCHED, SHUFFLED, AVERAGE = "base", "matched", "shuffled", "averaged"
 
 
 class Evaluation(NamedTuple):
@@ -60,10 +61,10 @@ def evaluate_generator(
     Returns:
         an IMAGE (1, H, W, 3) and a table as tab-separated text.
     Raises:
-        DataError, ConditionError: see `host_pairs`. MatchError: see `DiffusionObjective`.
+        PairError, ConditionError: see `host_pairs`. MatchError: see `DiffusionObjective`.
     """
     check_fits(model.model, handle.config)
-    refuse_quantised(model.model)  # before all conditions are computed
+    refuse_untrainable(model.model)  # before all conditions are computed
     pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
     found = evaluate(DiffusionObjective(model), handle, pairs, seed)
     means = {name: values.mean(0).tolist() for name, values in found.losses.items()}
@@ -72,20 +73,33 @@ def evaluate_generator(
 
 
 def evaluate(objective: DiffusionObjective, handle: GeneratorHandle, pairs: HostPairs, seed: int = 0) -> Evaluation:
-    """The losses under all controls."""
-    loras = [written(handle, sample.condition) for sample in pairs.samples]
-    apart = partners(pairs.instructions, seed)
-    chosen = range(0, len(loras), -(-len(loras) // AVERAGED))
-    mean = blend([loras[i] for i in chosen], [1 / len(chosen)] * len(chosen))
-    by_control: dict[str, Callable[[int], InstanceLora | None]] = {
-        BASE: lambda index: None,
-        MATCHED: lambda index: loras[index],
-        SHUFFLED: lambda index: loras[apart[index]],
-        AVERAGE: lambda index: mean,
-    }
-    bar = comfy.utils.ProgressBar(len(by_control) * len(pairs))
-    objective.prepare()
-    losses = {name: losses_of(objective, pairs, lora_of, seed, bar) for name, lora_of in by_control.items()}
+    """The losses under all controls. Every LoRA is written once; a group of them is held at a time."""
+    count, apart = len(pairs), partners(pairs.instructions, seed)
+    averaged = list(range(0, count, -(-count // AVERAGED)))
+    rest = [index for index in range(count) if index not in averaged]
+    groups = [averaged, *(rest[start : start + AVERAGED] for start in range(0, len(rest), AVERAGED))]
+    losses = {name: torch.zeros(count, len(LEVELS), dtype=torch.float64) for name in CONTROLS}
+    bar = comfy.utils.ProgressBar(len(CONTROLS) * count)
+
+    def measure(control: str, index: int, lora: InstanceLora | None) -> None:
+        losses[control][index] = _losses(objective, pairs, index, lora, seed, bar)
+
+    def measure_group(group: list[int]) -> None:
+        loras = {index: written(handle, pairs.samples[index].condition) for index in group}
+        # the generator may have taken the base's place
+        objective.prepare()
+        if group is averaged:
+            mean = blend(list(loras.values()), [1 / len(group)] * len(group))
+            for index in range(count):
+                measure(BASE, index, None)
+                measure(AVERAGE, index, mean)
+        for index, lora in loras.items():
+            measure(MATCHED, index, lora)
+            for other in (place for place, partner in enumerate(apart) if partner == index):
+                measure(SHUFFLED, other, lora)
+
+    for group in groups:
+        measure_group(group)
     return Evaluation(losses, LEVELS)
 
 
@@ -97,15 +111,7 @@ def losses_of(
     bar: comfy.utils.ProgressBar | None = None,
 ) -> Tensor:
     """The loss of every pair with its LoRA at every noise level (N, K). The same noise whatever the LoRA."""
-    rows = []
-    for index, sample in enumerate(pairs.samples):
-        lora = lora_of(index)
-        near = None if lora is None else lora.to(objective.patcher.load_device)
-        row = [_loss(objective, near, sample, seed * 7919 + index, level) for level in LEVELS]
-        rows.append(torch.tensor(row, dtype=torch.float64))
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if bar:
-            bar.update(1)
+    rows = [_losses(objective, pairs, index, lora_of(index), seed, bar) for index in range(len(pairs))]
     return torch.stack(rows)
 
 
@@ -136,6 +142,22 @@ def table(found: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _loss(objective: DiffusionObjective, lora: InstanceLora | None, sample, seed: int, level: float) -> float:
-    draw = Draw(sample, torch.Generator().manual_seed(seed))
-    return float(objective.evaluate(lora, [draw], level))
+def _losses(
+    objective: DiffusionObjective,
+    pairs: HostPairs,
+    index: int,
+    lora: InstanceLora | None,
+    seed: int,
+    bar: comfy.utils.ProgressBar | None,
+) -> Tensor:
+    """The loss of one pair at every noise level (K)."""
+    near = None if lora is None else lora.to(objective.patcher.load_device)
+    noise = (seed * 7919 + index) % 2**63  # what a random generator takes
+    row = []
+    for level in LEVELS:
+        draw = Draw(pairs.samples[index], torch.Generator().manual_seed(noise))
+        row.append(float(objective.evaluate(near, [draw], level)))
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    if bar:
+        bar.update(1)
+    return torch.tensor(row, dtype=torch.float64)

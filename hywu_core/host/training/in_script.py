@@ -1,196 +1,224 @@
-"""A training run outside the server, from its description to the saved generator, in one or several processes."""
+"""A training session outside the server, from its description to the saved generator, in one or several processes."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import torch
-
-from study import methods, pictures
-from study.edits import SUITES
-from study.task import EditingTask
-
-from ...bases import pocket
 from ...condition import SOURCES, Condition
 from ...config import GeneratorConfig
 from ...errors import ConfigError, HywuError
-from ...files.checkpoint import load_generator, save_generator
-from ...files.safetensors import atomic_write
-from ...generator import Generator
-from ...training import GeneratorTrainable, RunLog, SampleSource, StepReport, Trainer, TrainingError
+from ...training import SampleSource, TrainingError
 from ...training.distributed import Accelerated, share_state
-from ...training.log import STATE
-from ...training.run import RunConfig
+from ...training.options import RunConfig
 from ...training.trainer import anywhere
-from ...training.validation import averaged_weights, validation_loss
-from ..new_generator import check_fits, generator_config
+from .. import memory
+from ..memory import GeneratorHandle
+from ..new_generator import generator_config
 from . import base_files
-from .objective import DiffusionObjective, refuse_quantised
-from .pairs_of_folder import EncodedPairs, Encoders, Reading, fingerprint, hold_out, read_pairs
+from .frozen import refuse_untrainable
+from .identity import digest
+from .pairs_of_folder import EncodedPairs, Encoders, Pair, Reading, hold_out, read_pairs
+from .session import RECENT, Front, Progress, Session, StoppedError, Task
 
-GENERATOR, RUN, KEPT = "generator", "run.json", "encoded"  # in a run's folder, beside its state and logs
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-POCKET_SIZE, SHOW_EVERY = 32, 50
+# in a run's folder, beside its state and logs
+GENERATOR, KEPT = "generator", "encoded"
+SHOW_AGAIN = 10.0  # seconds
+ENCODED_AGAIN = 50  # pairs
 
 
-class StoppedError(HywuError):
-    """The run was asked to stop before its end; the same command goes on."""
-
-
-class Task(NamedTuple):
-    """What a run trains on and for."""
+class Base(NamedTuple):
+    """The frozen base of a run."""
 
     model: Any
-    generator: Generator
-    train: SampleSource
-    held_out: SampleSource | None
-    origin: str  # of the data, for provenance and for the check when a run goes on
+    encoders: Callable[[], Encoders]
+    files: list[Path]
+    name: str
 
 
-def train(
+class Pairs(Protocol):
+    """What a run trains on."""
+
+    identity: dict[str, Any]  # see `Task`
+    origin: str  # for the generator's file
+
+    def encode(self, progress: Callable[[int, int], None], communication: Accelerated) -> None:
+        """Whatever must be done once before the first step; every process of a machine does its share."""
+
+    def example(self) -> Condition:
+        """A condition, from which a new generator learns what it will read."""
+
+    def sources(self, config: GeneratorConfig) -> tuple[SampleSource, SampleSource | None]:
+        """To train on, and held out, for a generator."""
+
+
+def train_on_folder(
     run: RunConfig,
     communication: Accelerated,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
+    base_of: Callable[[RunConfig], Base] | None = None,
+    pairs_of: Callable[[RunConfig, Base], Pairs] | None = None,
 ) -> Path:
     """Do the rest of a run and save its generator.
 
     Args:
         stop: asked after every step whether this process wants to end.
+        base_of, pairs_of: where base and pairs come from; by default from the files and the folder that the run names.
     Returns:
         the generator's folder.
     Raises:
-        StoppedError: after the state was written.
+        StoppedError: after state and generator were written.
         HywuError: for bad input, or a loss that is not finite; what was reached is kept.
     """
     say = say if communication.main else lambda text: None
-    folder = Path(run.output)
-    trainer, task = _prepare(run, communication, stop, say)
-    share_state(trainer, communication)
-    say(f"{len(task.train)} pairs, {len(task.held_out or ())} held out, {communication.processes} processes")
-    log = RunLog(folder, trainer.done) if communication.main else None
-    on_step = _on_step(run, trainer, task, log, stop, say)
+    front = ScriptFront(Path(run.output), stop, say)
+    session = _prepare(run, communication, front, base_of or base_from_files, pairs_of or PairsOfFolder)
     try:
-        trainer.run(on_step, folder / STATE if communication.main else None, run.save_every)
-    except (StoppedError, TrainingError):
-        communication.wait()  # or the launcher would end the process that still writes the state
-        raise
-    if communication.main:
-        _save(run, trainer, task)
-        say(f"saved {folder / GENERATOR}")
+        share_state(session.trainer, communication)
+        held_out = session.task.held_out or ()
+        say(f"{len(session.task.pairs)} pairs, {len(held_out)} held out, {communication.processes} processes")
+        try:
+            session.run()
+        except (StoppedError, TrainingError):
+            # or the launcher would end the process that still writes the state
+            communication.wait()
+            raise
+    finally:
+        session.release()
+    say(f"saved {front.generator_file(None)}")
     communication.wait()
-    return folder / GENERATOR
+    return front.generator_file(None)
+
+
+class ScriptFront(Front):
+    """A terminal."""
+
+    def __init__(self, folder: Path, stop: Callable[[], bool], say: Callable[[str], None]):
+        self.folder, self.stop, self.say_line = folder, stop, say
+        self._next, self._first = 0.0, True
+
+    def generator_file(self, step: int | None) -> Path:
+        return self.folder / (GENERATOR if step is None else f"{GENERATOR}-{step:06}")
+
+    def say(self, text: str) -> None:
+        self.say_line(text)
+
+    def show(self, progress: Progress) -> None:
+        last = progress.done == progress.steps
+        if self._first or last or progress.done % RECENT == 0 or time.monotonic() >= self._next:
+            self._next, self._first = time.monotonic() + SHOW_AGAIN, False
+            self.say_line(str(progress))
+
+    def asked_to_stop(self) -> bool:
+        return self.stop()
+
+    def encoded(self, done: int, total: int) -> None:
+        """After every pair that was encoded."""
+        if done % ENCODED_AGAIN == 0 or done in (1, total) or time.monotonic() >= self._next:
+            self._next = time.monotonic() + SHOW_AGAIN
+            self.say_line(f"encoded {done}/{total} pairs")
+        if self.stop():
+            raise StoppedError("Stopped while encoding pairs. The same command goes on.")
+
+
+class PairsOfFolder:
+    """The pairs of a folder, or of two. See `Pairs`.
+
+    Raises:
+        ConfigError: if the run names none. PairError: naming file and line, for pairs that cannot be used.
+    """
+
+    def __init__(self, run: RunConfig, base: Base):
+        refuse_untrainable(base.model.model)  # before hours of encoding
+        pairs, held_out = _read(run)
+        reading = Reading(run.side, run.regime, run.text_sees_source, run.guidance, run.background)
+        encoders = base_files.fingerprint(base.files)
+        self.base = base
+        self.sets = [EncodedPairs(some, Path(run.output) / KEPT, encoders, reading) for some in (pairs, held_out)]
+        self.identity = {"encoders": encoders, **_identity(pairs), "held_out": digest(_identity(held_out).items())}
+        self.origin = f"{len(pairs) + len(held_out)} pairs {self.identity['pictures']}"
+
+    def encode(self, progress: Callable[[int, int], None], communication: Accelerated) -> None:
+        encoders = None
+        for some in self.sets:
+            mine = [i for i in some.missing() if i % communication.local_processes == communication.local_rank]
+            if mine:
+                encoders = encoders or self.base.encoders()
+                some.encode(mine, encoders, progress)
+
+    def example(self) -> Condition:
+        return self.sets[0].condition(0)
+
+    def sources(self, config: GeneratorConfig) -> tuple[SampleSource, SampleSource | None]:
+        for some in self.sets:
+            some.config = config
+        return self.sets[0], self.sets[1] if len(self.sets[1]) else None
+
+
+def base_from_files(run: RunConfig) -> Base:
+    """The base whose files a run names.
+
+    Raises:
+        CheckpointError: naming a file that is missing or that the host cannot read.
+    """
+    base_files.check_files(run)
+    name = Path(run.model or run.checkpoint).name
+    return Base(base_files.load_model(run), lambda: base_files.load_encoders(run), base_files.base_files(run), name)
 
 
 def _prepare(
-    run: RunConfig, communication: Accelerated, stop: Callable[[], bool], say: Callable[[str], None]
-) -> tuple[Trainer, Task]:
+    run: RunConfig, communication: Accelerated, front: ScriptFront, base_of: Callable, pairs_of: Callable
+) -> Session:
     """Everything before the first step. Processes agree after each stage, so that none waits for one that failed."""
-    if run.pocket and not run.pairs:
-        task = _together(communication, lambda: _pocket_task(run))
-    else:
-        model, sources, origin = _together(communication, lambda: _read(run))
-        _together(communication, lambda: _encode(run, sources, communication, _progress(stop, say)))
-        task = _together(communication, lambda: _pairs_task(run, model, sources, origin))
-    return _together(communication, lambda: _trainer(run, task, communication)), task
+
+    def read() -> tuple[Base, Pairs]:
+        base = base_of(run)
+        return base, pairs_of(run, base)
+
+    def session() -> Session:
+        handle = _generator(run, base.model, pairs)
+        sources = pairs.sources(handle.config)
+        provenance = {"regime": run.regime, "data": pairs.origin, "base": base.name}
+        task = Task(base.model, handle, *sources, {**pairs.identity, **run.identity()}, provenance)
+        return Session(task, run.training, run.session(), Path(run.output), front, communication)
+
+    base, pairs = _together(communication, read)
+    _together(communication, lambda: pairs.encode(front.encoded, communication))
+    return _together(communication, session)
 
 
-def _trainer(run: RunConfig, task: Task, communication: Accelerated) -> Trainer:
-    check_fits(task.model.model, task.generator.config)
-    objective = DiffusionObjective(task.model, run.checkpoint_stack or None)
-    generator = task.generator.to(objective.patcher.load_device)
-    generator.checkpoint_blocks = run.checkpoint_generator
-    trainable = GeneratorTrainable(generator, DTYPES[run.dtype])
-    trainer = Trainer(trainable, objective, task.train, run.training, communication)
-    if communication.main:
-        _resume(run, trainer, task)
-    objective.prepare()
-    return trainer
-
-
-def _pocket_task(run: RunConfig) -> Task:
-    """The pictures that ship, with the edits of a suite."""
-    model, clip, _ = pocket.load_pocket_editor()
-    generator, size = _generator(run, model, None), run.size or POCKET_SIZE
-
-    def pairs(split: str, variants: int) -> EditingTask:
-        composed, names = pictures.compose(split, size, variants)
-        return EditingTask(clip, composed, names, SUITES[run.suite], generator.config, run.regime)
-
-    held_out = pairs("validation", 1) if run.held_out_share else None
-    return Task(model, generator, pairs("train", run.variants), held_out, f"shipped pictures, suite {run.suite}")
-
-
-def _read(run: RunConfig) -> tuple[Any, list[EncodedPairs], str]:
-    """The base, the pairs to train on and those that are held out, and what tells them from others."""
+def _read(run: RunConfig) -> tuple[list[Pair], list[Pair]]:
     if not run.pairs:
-        raise ConfigError("There is nothing to train on. Give a folder of pairs (--pairs), or --pocket.")
-    pairs = read_pairs(Path(run.pairs), run.size)
-    train_pairs, held_out = hold_out(pairs, 0 if run.held_out else run.held_out_share)
+        raise ConfigError("There is nothing to train on. Give a folder of pairs (--pairs).")
+    pairs = read_pairs(Path(run.pairs), run.side, run.background)
     if run.held_out:
-        held_out = read_pairs(Path(run.held_out), run.size)
-    if not run.pocket:
-        base_files.check_files(run)
-    model = pocket.load_pocket_editor()[0] if run.pocket else base_files.load_model(run)
-    refuse_quantised(model.model)  # before hours of encoding
-    base = base_files.fingerprint(list(pocket.pocket_files()) if run.pocket else base_files.base_files(run))
-    reading = Reading(run.size, run.regime, run.text_sees_source, run.guidance)
-    kept = Path(run.output) / KEPT
-    sources = [EncodedPairs(some, kept, base, reading) for some in (train_pairs, held_out)]
-    return model, sources, f"{len(pairs)} pairs {fingerprint(pairs)}"
+        return pairs, read_pairs(Path(run.held_out), run.side, run.background)
+    return hold_out(pairs, run.held_out_share)
 
 
-def _pairs_task(run: RunConfig, model: Any, sources: list[EncodedPairs], origin: str) -> Task:
-    generator = _generator(run, model, sources[0].condition(0))
-    for source in sources:
-        source.config = generator.config
-    return Task(model, generator, sources[0], sources[1] if len(sources[1]) else None, origin)
+def _identity(pairs: Sequence[Pair]) -> dict[str, str]:
+    return {
+        "pictures": digest([[pair.source_digest, pair.target_digest] for pair in pairs]),
+        "instructions": digest([pair.instruction for pair in pairs]),
+    }
 
 
-def _encode(run: RunConfig, sources: list[EncodedPairs], communication: Accelerated, progress: Callable) -> None:
-    """What is not encoded yet; every process of a machine does its share."""
-    encoders = None
-    for source in sources:
-        mine = [i for i in source.missing() if i % communication.local_processes == communication.local_rank]
-        if mine:
-            encoders = encoders or (_pocket_encoders() if run.pocket else base_files.load_encoders(run))
-            source.encode(mine, encoders, progress)
-
-
-def _progress(stop: Callable[[], bool], say: Callable[[str], None]) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        if done % SHOW_EVERY == 0 or done == total:
-            say(f"encoded {done}/{total} pairs")
-        if stop():
-            raise StoppedError("Stopped while encoding pairs. The same command goes on.")
-
-    return progress
-
-
-def _pocket_encoders() -> Encoders:
-    return Encoders(*pocket.load_pocket_editor()[1:])
-
-
-def _generator(run: RunConfig, model: Any, example: Condition | None) -> Generator:
+def _generator(run: RunConfig, model: Any, pairs: Pairs) -> GeneratorHandle:
     """The generator to go on from, or a new one."""
     path = Path(run.generator)
     if run.generator and path.suffix != ".json":
-        return load_generator(path)
+        return memory.load(path)
     if run.generator:
         try:
             config = GeneratorConfig.from_json(path.read_text(encoding="utf-8-sig"), str(path))
         except OSError as error:
             raise ConfigError(f"The generator's configuration {path} cannot be read ({error.strerror}).") from None
-    elif run.pocket:
-        config = methods.generator_config()
     else:
-        config = _new_config(run, model, example)
-    return Generator(config, dtype=torch.float32).initialize(run.training.seed)
+        config = _new_config(run, model, pairs.example())
+    return memory.new(config, run.training.seed)
 
 
 def _new_config(run: RunConfig, model: Any, example: Condition) -> GeneratorConfig:
@@ -207,78 +235,6 @@ def _new_config(run: RunConfig, model: Any, example: Condition) -> GeneratorConf
         source=run.source,
         encoder_layers=run.encoder_layers,
     )
-
-
-def _resume(run: RunConfig, trainer: Trainer, task: Task) -> None:
-    """Go on with the run of this folder if it was begun, and only with that one."""
-    folder = Path(run.output)
-    now = {"run": run.identity(), "data": task.origin}
-    if (folder / STATE).exists():
-        _check_same(folder / RUN, now)
-        trainer.resume(folder / STATE)
-        return
-    with atomic_write(folder / RUN) as temporary:
-        temporary.write_text(json.dumps(now, indent=2), encoding="utf-8")
-
-
-def _check_same(file: Path, now: dict[str, Any]) -> None:
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        before = stored["run"] | stored["run"]["training"] | {"data": stored["data"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{file.parent} holds a run's state, but {file.name} does not say of which ({error!r}). Use a new folder."
-        ) from None
-    after = now["run"] | now["run"]["training"] | {"data": now["data"]}
-    changed = [name for name in after if name != "training" and before.get(name) != after[name]]
-    if changed:
-        name = changed[0]
-        raise ConfigError(
-            f"{file.parent} holds a run with {name} {before.get(name)!r}, now it is {after[name]!r}. A run goes on with "
-            "what it was started with; use a new folder (--output) for other settings."
-        )
-
-
-def _on_step(
-    run: RunConfig, trainer: Trainer, task: Task, log: RunLog | None, stop: Callable[[], bool], say: Callable
-) -> Callable[[StepReport], None]:
-    start = time.monotonic(), trainer.done
-
-    def on_step(report: StepReport) -> None:
-        if log:
-            log.step(report)
-        last = trainer.done == run.training.steps
-        if task.held_out and run.validate_every and (last or trainer.done % run.validate_every == 0):
-            found = validation_loss(trainer, task.held_out, run.held_out_limit, run.training.seed)
-            say(f"step {trainer.done}: loss on held-out pairs {found:.5g}")
-            if log:
-                log.validation(report.step, found)
-        if log and (last or trainer.done % SHOW_EVERY == 0):
-            recent = log.losses[-SHOW_EVERY:]
-            seconds = (time.monotonic() - start[0]) / (trainer.done - start[1])
-            say(
-                f"step {trainer.done}/{run.training.steps}: loss {sum(recent) / len(recent):.5g}, {seconds:.2f} s a step"
-            )
-        if not last and anywhere(trainer.communication, stop()):
-            raise StoppedError(f"Stopped after step {trainer.done}. The same command goes on.")
-
-    return on_step
-
-
-def _save(run: RunConfig, trainer: Trainer, task: Task) -> None:
-    generator, how = task.generator, run.training
-    provenance = {
-        "steps": how.steps,
-        "batch": how.batch,
-        "learning_rate": how.learning_rate,
-        "seed": how.seed,
-        "regime": run.regime,
-        "data": task.origin,
-        "base": Path(run.model or run.checkpoint or "pocket editor").name,
-    }
-    generator.config = replace(generator.config, hywu=generator.config.hywu | {"training": provenance})
-    with averaged_weights(trainer):
-        save_generator(generator, Path(run.output) / GENERATOR)
 
 
 def _together(communication: Accelerated, work: Callable[[], Any]) -> Any:

@@ -5,14 +5,13 @@ Letters: B batch of one pass through the base. One pass serves samples that each
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
-import comfy.quant_ops
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -20,12 +19,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import MatchError
-from ...lora import InstanceLora
-from ...training.data import Draw
-from ...training.trainable import instances
+from ...lora import InstanceLora, LoraFactor
+from ...training.data import Draw, Sample
+from ...training.options import ALL_STACKS
 from ..lora.apply import wrapped_forwards
 from ..lora.bank import Adapter
 from ..lora.matching import match
+from ..model import find_stacks
+from .carried import Carried
+from .frozen import frozen, refuse_untrainable
 
 
 class GraphFactor:
@@ -40,18 +42,28 @@ class GraphFactor:
         yield self.tensor.to(x.dtype)
 
 
+class Noised(NamedTuple):
+    """Samples of one pass, made noisy."""
+
+    entries: list[Any]  # of their CONDITIONING
+    latents: Tensor  # (B, C, ..., H, W) as the base works on them, on its device
+    noisy: Tensor
+    sigma: Tensor  # (B,)
+
+
 class DiffusionObjective:
     """The base's own diffusion loss: mean((denoised - x0)^2) / sigma^2, which is the flow-matching loss of flow models and
-    the noise-prediction loss of others.
+    the noise-prediction loss of others. What else the MODEL carries acts as it does in sampling, see `Carried`.
 
     Args:
         patcher: the frozen base. It is loaded on use and left as it was found.
         checkpoint_stack: path of the base's stack of blocks, or of several, separated by commas
-            ("double_blocks,single_blocks"); blocks are then computed again in the backward pass instead of being remembered.
+            ("double_blocks,single_blocks"), or "all"; blocks are then computed again in the backward pass instead of being
+            remembered.
         train_base: train the base's own parameters (full fine-tuning); else gradients reach the LoRA only. The caller owns
             the base then, and nobody else may use it.
     Raises:
-        MatchError: if the base is quantised, so that no gradient can pass through it.
+        MatchError: if no gradient can pass through a part of the base, or it carries what cannot act.
     """
 
     def __init__(
@@ -60,52 +72,66 @@ class DiffusionObjective:
         checkpoint_stack: str | None = None,
         train_base: bool = False,
     ):
-        self.patcher = trainable_copy(patcher)
-        self.checkpoint_stack, self.train_base = checkpoint_stack, train_base
-        refuse_quantised(self.base)
+        self.given = patcher
+        self.patcher = differentiable_base(patcher)
+        self.train_base = train_base
+        refuse_untrainable(self.base)
+        self.carried = Carried(patcher, self.patcher)
+        self.banks = self.carried.banks(self.patcher)
+        self.checkpoint_stack = self._stacks_to_recompute(checkpoint_stack)
 
     @property
     def base(self) -> Any:
         """The host's BaseModel."""
         return self.patcher.model
 
+    @property
+    def patchers(self) -> list[comfy.model_patcher.ModelPatcher]:
+        """Everything that the host must have loaded, the base first."""
+        return [self.patcher, *self.banks, *self.patcher.get_nested_additional_models()]
+
     def prepare(self) -> None:
         """Have the host load the base. Call once before a run, and again after others used the memory."""
-        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        comfy.model_management.load_models_gpu(self.patchers, force_full_load=True)
 
     def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
         """See `hywu_core.training.trainer.Objective`."""
-        losses = []
-        with torch.inference_mode(False), torch.enable_grad():
-            for part in _alike(draws):
-                with self.in_training(None if lora is None else instances(lora, part)):
-                    found = self.losses(draws[part])
+        with torch.inference_mode(False), torch.enable_grad(), self._naming_what_is_in_the_way():
+            losses = torch.empty(len(draws))
+            for group in self._groups(draws):
+                noised = self._noised([draws[index] for index in group], None)
+                with self.in_training(chosen(lora, group, len(draws)), noised.sigma):
+                    found = self._losses(noised)
                     (found.sum() * share).backward()
-                losses.append(found.detach().cpu())
-        return torch.cat(losses)
+                losses[group] = found.detach().cpu()
+        return losses
 
     def evaluate(self, lora: InstanceLora | None, draws: Sequence[Draw], percent: float | None = None) -> Tensor:
-        """The loss of every sample (B,), without a graph; at one noise level for all, if `percent` says which."""
-        losses = []
-        with torch.inference_mode(False), torch.no_grad():
-            for part in _alike(draws):
-                with self.in_training(None if lora is None else instances(lora, part)):
-                    losses.append(self.losses(draws[part], percent).cpu())
-        return torch.cat(losses)
-
-    def losses(self, draws: Sequence[Draw], percent: float | None = None) -> Tensor:
-        """The loss of every sample (B,), graph kept. Noise and noise level come from the draws; `percent` of the sampling
-        schedule, if given, overrules the level.
+        """The loss of every sample (B,), without a graph; at one noise level for all, if `percent` of the sampling schedule
+        says which.
         """
+        with torch.inference_mode(False), torch.no_grad():
+            losses = torch.empty(len(draws))
+            for group in self._groups(draws):
+                noised = self._noised([draws[index] for index in group], percent)
+                with self.in_training(chosen(lora, group, len(draws)), noised.sigma):
+                    losses[group] = self._losses(noised).cpu()
+        return losses
+
+    def _losses(self, noised: Noised) -> Tensor:
+        """The loss of every sample (B,), graph kept."""
+        conds = self._conds(noised.entries, noised.noisy)
+        denoised = self.carried.call(self.base, noised.noisy, noised.sigma, conds)
+        spread = _like(noised.sigma, noised.latents)
+        return ((denoised - noised.latents) / spread).float().square().flatten(1).mean(dim=1)
+
+    def _noised(self, draws: Sequence[Draw], percent: float | None) -> Noised:
         device = self.patcher.load_device
         latents = torch.cat([self._latent(draw) for draw in draws]).to(device)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=draw.source) for draw in draws]).to(latents)
         sigma = torch.tensor([self._sigma(draw, percent) for draw in draws], device=device, dtype=latents.dtype)
-        spread = sigma.view(-1, *[1] * (latents.ndim - 1))
-        noisy = self.base.model_sampling.noise_scaling(spread, noise, latents)
-        conds = self._conds([draw.sample.conditioning for draw in draws], noisy)
-        denoised = self.base.apply_model(noisy, sigma, transformer_options={}, **conds)
-        return ((denoised - latents) / spread).float().square().flatten(1).mean(dim=1)
+        noisy = self.base.model_sampling.noise_scaling(_like(sigma, latents), noise, latents)
+        return Noised([draw.sample.conditioning for draw in draws], latents, noisy, sigma)
 
     def _latent(self, draw: Draw) -> Tensor:
         return self.base.process_latent_in(draw.sample.latent.unsqueeze(0).float())
@@ -126,32 +152,62 @@ class DiffusionObjective:
             rows.append({name: cond.process_cond(batch_size=1, area=None) for name, cond in model_conds})
         return comfy.samplers.cond_cat(rows)
 
+    def _groups(self, draws: Sequence[Draw]) -> list[list[int]]:
+        """Samples that can pass through the base at once: those of one shape."""
+        if self.carried.one_by_one:
+            return [[index] for index in range(len(draws))]
+        groups: dict[Any, list[int]] = {}
+        for index, draw in enumerate(draws):
+            groups.setdefault(_shapes(draw.sample), []).append(index)
+        return list(groups.values())
+
+    def _stacks_to_recompute(self, wanted: str | None) -> tuple[str, ...]:
+        if not wanted:
+            return ()
+        if self.carried.wrapped:
+            logging.warning(
+                "HY-WU: %s may act for the time of a model call only, so blocks are not computed again in the backward pass "
+                "but remembered, which takes more memory.",
+                ", ".join(self.carried.wrapped),
+            )
+            return ()
+        if wanted == ALL_STACKS:
+            return tuple(stack.path for stack in find_stacks(self.base))
+        return tuple(name.strip() for name in wanted.split(","))
+
     @contextmanager
-    def in_training(self, lora: InstanceLora | None) -> Iterator[None]:
-        """For the time of the block, the host in training mode, the LoRA beside the base, in-place operations made safe."""
+    def in_training(self, lora: InstanceLora | None, sigma: Tensor) -> Iterator[None]:
+        """For the time of the block, the host in training mode, LoRAs beside the base, in-place operations made safe."""
         before = comfy.model_management.in_training
         comfy.model_management.in_training = True
+        self.base.current_patcher = self.patcher
+        adapters = self.carried.adapters(self.base.model_sampling, sigma)
+        for found in () if lora is None else match(lora, self.base).matched:
+            adapters.setdefault(found.module, []).append((Adapter(found, lora.scale, GraphFactor), 1.0))
         try:
             with ExitStack() as undo:
                 undo.enter_context(requiring_gradients(self.base.diffusion_model, self.train_base))
-                if lora is not None:
-                    undo.enter_context(lora_beside(self.base, lora))
+                if not self.train_base:
+                    undo.enter_context(frozen(self.patcher))
+                undo.enter_context(wrapped_forwards(self.base.diffusion_model, adapters))
                 undo.enter_context(safe_in_place(self.base.diffusion_model))
-                for stack in self.checkpoint_stack.split(",") if self.checkpoint_stack else ():
-                    undo.enter_context(checkpointed(self.base.diffusion_model, stack.strip()))
+                for stack in self.checkpoint_stack:
+                    undo.enter_context(checkpointed(self.base.diffusion_model, stack))
                 yield
         finally:
             comfy.model_management.in_training = before
 
-
-@contextmanager
-def lora_beside(base: Any, lora: InstanceLora) -> Iterator[None]:
-    """A LoRA whose factors carry a graph beside the base, for the time of the block."""
-    adapters: dict[str, list[tuple[Adapter, float]]] = {}
-    for found in match(lora, base).matched:
-        adapters.setdefault(found.module, []).append((Adapter(found, lora.scale, GraphFactor), 1.0))
-    with wrapped_forwards(base.diffusion_model, adapters):
-        yield
+    @contextmanager
+    def _naming_what_is_in_the_way(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "nference tensor" not in str(error) or not self.carried.foreign:
+                raise
+            raise MatchError(
+                f"No gradient passes through what the MODEL carries: {', '.join(self.carried.foreign)} ({error}). Wire the "
+                "MODEL from before the nodes that added it."
+            ) from error
 
 
 @contextmanager
@@ -186,17 +242,21 @@ def safe_in_place(diffusion_model: nn.Module) -> Iterator[None]:
 @contextmanager
 def checkpointed(diffusion_model: nn.Module, stack: str) -> Iterator[None]:
     """Blocks of a stack are computed again in the backward pass, for the time of the block."""
-    blocks = list(diffusion_model.get_submodule(stack))
+    wrapped = []
     try:
-        for block in blocks:
+        for block in diffusion_model.get_submodule(stack):
+            wrapped.append((block, vars(block).get("forward")))
             block.forward = _recomputed(block.forward)
         yield
     finally:
-        for block in blocks:
+        for block, previous in reversed(wrapped):
             vars(block).pop("forward", None)
+            # somebody else's, which stays
+            if previous is not None:
+                block.forward = previous
 
 
-def trainable_copy(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+def differentiable_base(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """A clone of the patcher, or a second copy of its model where the host streams its weights, or made them in inference
     mode, so that they cannot take part in a backward pass.
 
@@ -211,7 +271,21 @@ def trainable_copy(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_pat
             "This model cannot be trained on: its loader cannot load it again. Use one of ComfyUI's own loaders."
         )
     with torch.inference_mode(False):
-        return patcher.clone(force_deepcopy=True)
+        copy = patcher.clone(disable_dynamic=True, force_deepcopy=True)
+    if copy.is_dynamic():
+        raise MatchError(
+            "This model cannot be trained on: the host streams its weights through buffers that it uses again, so that a "
+            "backward pass would read others. Start ComfyUI with --disable-dynamic-vram."
+        )
+    return copy
+
+
+def chosen(lora: InstanceLora | None, group: Sequence[int], count: int) -> InstanceLora | None:
+    """The instances of some samples out of `count`; the whole where one instance serves all samples."""
+    if lora is None or len(group) == count or lora.batch == 1:
+        return lora
+    index = list(group)
+    return lora.map(lambda pair: LoraFactor(pair.down[index], pair.up[index]))
 
 
 def _recomputed(forward: Callable) -> Callable:
@@ -227,28 +301,12 @@ def _recomputed(forward: Callable) -> Callable:
     return forward_with_checkpoint
 
 
-def _alike(draws: Sequence[Draw]) -> list[slice]:
-    """All samples as one batch if their sizes allow it, else one by one."""
-    sizes = {
-        (tuple(s.latent.shape), tuple(s.conditioning[0].shape), _reference_sizes(s.conditioning))
-        for s in (draw.sample for draw in draws)
-    }
-    size = len(draws) if len(sizes) == 1 else 1
-    return [slice(start, start + size) for start in range(0, len(draws), size)]
+def _like(sigma: Tensor, latents: Tensor) -> Tensor:
+    return sigma.view(-1, *[1] * (latents.ndim - 1))
 
 
-def _reference_sizes(entry: Any) -> tuple:
-    return tuple(tuple(latent.shape) for latent in entry[1].get("reference_latents", ()))
-
-
-def refuse_quantised(base: Any) -> None:
-    """Raises:
-    MatchError: if the base is quantised, so that no gradient can pass through it.
-    """
-    for name, parameter in base.diffusion_model.named_parameters():
-        narrow = not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2
-        if narrow or isinstance(parameter.data, comfy.quant_ops.QuantizedTensor):  # those claim the type they stand for
-            raise MatchError(
-                f"{name} is quantised ({parameter.dtype}), and no gradient passes through it. Train on a float32, "
-                "bfloat16 or float16 version of this base; the generator can then be used with the quantised one."
-            )
+def _shapes(sample: Sample) -> tuple:
+    """What samples that pass through the base at once have in common."""
+    tokens, options = sample.conditioning[0], sample.conditioning[1]
+    references = tuple(tuple(latent.shape) for latent in options.get("reference_latents", ()))
+    return tuple(sample.latent.shape), tuple(tokens.shape), references

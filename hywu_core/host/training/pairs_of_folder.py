@@ -1,39 +1,33 @@
 """Training pairs from a folder: pictures before and after an edit, and the instruction that asks for it.
 
-A folder holds `pairs.jsonl` (one JSON object a line) or `pairs.csv`, with the columns source, target and instruction;
-pictures are named relative to it. Every pair is encoded by the host's VAE and text encoder once and kept in a file, so that
-neither is needed while the base trains, nor when a run goes on.
+`pair_lists` says which. Every picture and every instruction is encoded by the host's VAE and text encoder once and kept in a
+file named by its content, so that neither is needed while the base trains, nor when a run goes on.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...condition import Condition, assemble
 from ...config import GeneratorConfig
-from ...errors import HywuError
 from ...files.safetensors import open_safetensors, write_safetensors
 from ...training.data import Sample
+from .. import pictures
 from ..conditions import from_host
+from .pair_lists import PairError, Row, refuse, rows_of
 
-LISTS, COLUMNS = ("pairs.jsonl", "pairs.csv"), ("source", "target", "instruction")
 SAME_SHAPE = 0.01  # relative difference of aspect ratios up to which pictures are cut to one size
-ORIENTATION = 0x0112  # EXIF tag
 OPTIONS = "options"  # of a kept file's metadata: what a CONDITIONING holds beside tensors
-
-
-class PairError(HywuError):
-    """Training pairs are missing, cannot be read, or do not fit together."""
+SOURCE, TARGET, TEXT = "source", "target", "text"  # what kept files hold, the first word of their names
+LATENT, VISION = "latent", "vision"  # tensors in those of pictures
 
 
 class Pair(NamedTuple):
@@ -43,6 +37,9 @@ class Pair(NamedTuple):
     target: Path
     instruction: str
     where: str  # file and line that name it
+    source_digest: str  # of the file's bytes
+    target_digest: str
+    smallest: int  # the shortest side of both pictures, in pixels
 
     @property
     def key(self) -> str:
@@ -65,72 +62,93 @@ class Reading(NamedTuple):
     regime: str = "told"  # "blind": only the generator reads the instruction
     text_sees_source: bool = False
     guidance: float = 0.0  # 0: the base's default
+    background: str = pictures.BACKGROUND  # colour under transparent pixels
 
 
-def read_pairs(folder: Path, size: int = 0) -> list[Pair]:
-    """All pairs of a folder, every picture looked at.
+def read_pairs(folder: Path, size: int = 0, background: str = pictures.BACKGROUND) -> list[Pair]:
+    """All pairs of a folder, every picture decoded once.
 
     Args:
-        size: see `Reading`; without one, both pictures of a pair must have one size.
+        size, background: see `Reading`; without a size, both pictures of a pair must have one size.
     Raises:
-        PairError: naming file and line, for no pairs, one pair, or a pair that cannot be used.
+        PairError: naming file and line of every pair that cannot be used, or for fewer than two.
+        ConfigError: for a background that is no colour.
     """
-    pairs = [_pair(folder, values, where) for values, where in _rows(_list_file(folder))]
+    pictures.colour(background)
+    rows, problems = rows_of(folder)
+    facts: dict[Path, pictures.Facts] = {}
+    pairs = []
+    for row in rows:
+        problem = _problem(row, facts, size)
+        if problem:
+            problems.append(problem)
+        else:
+            pairs.append(_pair(row, facts[row.source], facts[row.target]))
+    refuse(problems)
     if len(pairs) < 2:
-        count = "one pair" if pairs else "no pairs"
         raise PairError(
-            f"{_list_file(folder)} names {count}. A generator learns what tells edits apart, so it needs at least two, "
-            "and hundreds to be useful. Add more lines."
+            f"{folder} names {'one pair' if pairs else 'no pairs'}. A generator learns what tells edits apart, so it needs "
+            "at least two, and hundreds to be useful. Add more."
         )
-    for pair in pairs:
-        _check_sizes(pair, size)
+    transparent = sum(fact.transparent for fact in facts.values())
+    if transparent:
+        logging.warning("%d pictures with transparency are laid over %s (--background).", transparent, background)
     return pairs
 
 
 def hold_out(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
-    """(for training, for validation). Whole source pictures are held out, always the same ones, whatever else is added."""
-    order = sorted({pair.source for pair in pairs}, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    """(for training, for validation). Whole source pictures are held out, always the same ones, whatever else is added.
+
+    A picture that is there under several names is one.
+    """
+    names: dict[str, str] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.source.name):
+        names.setdefault(pair.source_digest, hashlib.sha256(pair.source.name.encode()).hexdigest())
+    order = sorted(names, key=lambda digest: (names[digest], digest))
     chosen = set(order[: min(len(order) - 1, max(1, round(share * len(order))))]) if share else set()
-    return [p for p in pairs if p.source not in chosen], [p for p in pairs if p.source in chosen]
+    return [p for p in pairs if p.source_digest not in chosen], [p for p in pairs if p.source_digest in chosen]
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Of the names and instructions, in their order: what decides which pair a step of a run sees."""
-    text = json.dumps([[pair.source.name, pair.target.name, pair.instruction] for pair in pairs])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Of the pictures' bytes and the instructions, in their order: what decides which pair a step of a run sees."""
+    return _digest([[pair.source_digest, pair.target_digest, pair.instruction] for pair in pairs])[:16]
 
 
 class EncodedPairs:
-    """Pairs as training data, each read from its file when it is its turn. See `hywu_core.training.SampleSource`.
+    """Pairs as training data, each read from its files when it is its turn. See `hywu_core.training.SampleSource`.
 
     Args:
-        kept: folder of the encoded pairs.
+        kept: folder of what is encoded.
         base: tells apart what other encoders made of the same pictures.
     """
 
     config: GeneratorConfig  # of the generator that reads the conditions; needed for `sample`
 
     def __init__(self, pairs: Sequence[Pair], kept: Path, base: str, reading: Reading):
-        self.pairs, self.reading = list(pairs), reading
-        self.files = [kept / f"{_identity(pair, base, reading)}.safetensors" for pair in self.pairs]
+        self.pairs, self.kept, self.base, self.reading = list(pairs), kept, base, reading
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def missing(self) -> list[int]:
-        """Indices of the pairs that are not encoded yet."""
-        return [index for index, file in enumerate(self.files) if not file.exists()]
+        """Indices of the pairs of which something is not encoded yet."""
+        there = {path.name for path in self.kept.glob("*.safetensors")}
+        return [
+            index
+            for index, pair in enumerate(self.pairs)
+            if not {path.name for path in (*self._latents(pair), *self._texts(pair).values())} <= there
+        ]
 
     def encode(self, indices: Sequence[int], encoders: Encoders, progress: Callable[[int, int], None]) -> None:
-        """Encode pairs and keep them.
+        """Encode what is missing of pairs and keep it.
 
         Raises:
-            PairError: for a picture that cannot be read.
+            PairError: for pictures that are too small for the VAE, or one that cannot be read or encoded.
             SaveError: if there is no room.
         """
+        _refuse_small(self.pairs, encoders.vae, self.reading)
         for done, index in enumerate(indices):
-            tensors, options = _encoded(self.pairs[index], encoders, self.reading)
-            write_safetensors(self.files[index], tensors, {OPTIONS: json.dumps(options)})
+            self._encode(self.pairs[index], encoders)
             progress(done + 1, len(indices))
 
     def sample(self, index: int, source: torch.Generator) -> Sample:
@@ -139,7 +157,7 @@ class EncodedPairs:
         part = "silence" if self.reading.regime == "blind" else "text"
         condition = assemble(self._condition(tensors, options), self.config)[0]
         return Sample(
-            tensors["target"][0], _entry(tensors, options, part, self.reading), condition, self.pairs[index].key
+            tensors[TARGET][0], _entry(tensors, options, part, self.reading), condition, self.pairs[index].key
         )
 
     def condition(self, index: int) -> Condition:
@@ -147,56 +165,126 @@ class EncodedPairs:
         return self._condition(*self._kept(index))
 
     def _condition(self, tensors: dict[str, Tensor], options: dict[str, Any]) -> Condition:
-        vision = {"last_hidden_state": tensors["vision"]} if "vision" in tensors else None
+        vision = {"last_hidden_state": tensors[VISION]} if VISION in tensors else None
         return from_host([_entry(tensors, options, "text", self.reading)], vision)
 
+    def _latents(self, pair: Pair) -> tuple[Path, Path]:
+        return self._file(SOURCE, pair.source_digest), self._file(TARGET, pair.target_digest)
+
+    def _texts(self, pair: Pair) -> dict[str, Path]:
+        """{part: file}: one for each instruction, unless the encoder sees the picture as well."""
+        words = {"text": pair.instruction} | ({"silence": ""} if self.reading.regime == "blind" else {})
+        seen = [pair.source_digest] if self.reading.text_sees_source else []
+        return {part: self._file(TEXT, text, *seen) for part, text in words.items()}
+
+    def _file(self, kind: str, *content: str) -> Path:
+        looks = kind != TEXT or self.reading.text_sees_source
+        how = [self.reading.size, self.reading.background] if looks else []
+        return self.kept / f"{kind}-{_digest([self.base, *how, *content])[:24]}.safetensors"
+
+    def _encode(self, pair: Pair, encoders: Encoders) -> None:
+        source, target = self._latents(pair)
+        with torch.no_grad():
+            if not source.exists():
+                picture = _picture(pair.source, pair, self.reading)
+                tensors = {LATENT: _latent(encoders.vae, picture, pair.source, pair)}
+                if encoders.clip_vision is not None:
+                    tensors[VISION] = encoders.clip_vision.encode_image(picture)["last_hidden_state"]
+                write_safetensors(source, tensors)
+            if not target.exists():
+                picture = _picture(pair.target, pair, self.reading)
+                write_safetensors(target, {LATENT: _latent(encoders.vae, picture, pair.target, pair)})
+            for part, file in self._texts(pair).items():
+                if not file.exists():
+                    sees = self.reading.text_sees_source
+                    shown = {"images": [_picture(pair.source, pair, self.reading)]} if sees else {}
+                    tokens = encoders.clip.tokenize(pair.instruction if part == "text" else "", **shown)
+                    tensors, options = _split(encoders.clip.encode_from_tokens(tokens, return_dict=True), pair)
+                    write_safetensors(file, tensors, {OPTIONS: json.dumps(options)})
+
     def _kept(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        with open_safetensors(self.files[index], PairError) as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-            return tensors, json.loads(handle.metadata()[OPTIONS])
+        """({"source", "target", "vision", "<part>.<name>": tensor}, {part: what else its CONDITIONING holds})."""
+        pair = self.pairs[index]
+        (source, _), (target, _) = (_read(file) for file in self._latents(pair))
+        tensors, options = {SOURCE: source.pop(LATENT), TARGET: target[LATENT]} | source, {}
+        for part, file in self._texts(pair).items():
+            found, options[part] = _read(file)
+            tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
+        return tensors, options
 
 
-def read_picture(path: Path, size: int = 0) -> Tensor:
-    """A picture as the host's IMAGE: (1, H, W, 3) in [0, 1], cut around its centre and resized if a size is given.
+def _problem(row: Row, facts: dict[Path, pictures.Facts], size: int) -> str:
+    """What is wrong with a pair's pictures; what is found about them is kept in `facts`."""
+    for path in (row.source, row.target):
+        if path not in facts:
+            try:
+                facts[path] = pictures.look(path)
+            except pictures.PictureError as error:
+                return f"{row.where}: {error}"
+    before, after = facts[row.source], facts[row.target]
+    shapes = before.width / before.height, after.width / after.height
+    same = (before.width, before.height) == (after.width, after.height)
+    if same or (size and abs(shapes[0] / shapes[1] - 1) <= SAME_SHAPE):
+        return ""
+    return (
+        f"{row.where}: {row.source.name} has {before.width} x {before.height} pixels, but {row.target.name} has "
+        f"{after.width} x {after.height}. Both pictures of a pair must show the same place: give them one size"
+        f"{'' if size else ', or one shape and a size to bring them to (--size)'}."
+    )
 
-    Raises:
-        PairError: if it cannot be read.
-    """
-    picture = _opened(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
-    if size:
-        picture = ImageOps.fit(picture, (size, size), Image.LANCZOS)
-    return torch.from_numpy(numpy.asarray(picture).copy()).float().unsqueeze(0) / 255
+
+def _pair(row: Row, before: pictures.Facts, after: pictures.Facts) -> Pair:
+    return Pair(*row, before.digest, after.digest, min(before.width, before.height, after.width, after.height))
 
 
-def _encoded(pair: Pair, encoders: Encoders, reading: Reading) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    source, target = read_picture(pair.source, reading.size), read_picture(pair.target, reading.size)
-    tensors, options = {}, {}
-    with torch.no_grad():
-        for name, picture in (("source", source), ("target", target)):
-            tensors[name] = encoders.vae.encode(picture[..., :3])
-        seen = {"images": [source]} if reading.text_sees_source else {}
-        for part, text in (("text", pair.instruction), ("silence", "")):
-            if part == "silence" and reading.regime == "told":
-                continue
-            found = encoders.clip.encode_from_tokens(encoders.clip.tokenize(text, **seen), return_dict=True)
-            options[part] = {}
-            for name, value in found.items():
-                _put(tensors, options[part], f"{part}.{name}", name, value, pair)
-        if encoders.clip_vision is not None:
-            tensors["vision"] = encoders.clip_vision.encode_image(source)["last_hidden_state"]
+def _refuse_small(pairs: Sequence[Pair], vae: Any, reading: Reading) -> None:
+    sides = [reading.size or pair.smallest for pair in pairs]
+    probe = torch.zeros(1, 1, 1, 3)
+    nothing = {side for side in set(sides) if not vae.vae_encode_crop_pixels(probe.expand(1, side, side, 3)).numel()}
+    refuse(
+        [
+            f"{pair.where}: a picture is only {side} pixels wide or high, too few for this base's VAE. "
+            "Use a larger picture, or remove the pair."
+            for pair, side in zip(pairs, sides, strict=True)
+            if side in nothing
+        ]
+    )
+
+
+def _picture(path: Path, pair: Pair, reading: Reading) -> Tensor:
+    try:
+        return pictures.read(path, reading.size, reading.background)
+    except pictures.PictureError as error:
+        raise PairError(f"{pair.where}: {error}") from None
+
+
+def _latent(vae: Any, picture: Tensor, path: Path, pair: Pair) -> Tensor:
+    latent = vae.encode(picture)
+    if not latent.numel() or not torch.isfinite(latent).all():
+        raise PairError(
+            f"{pair.where}: the VAE makes {'nothing' if not latent.numel() else 'NaN or infinity'} of {path}. "
+            "Use another picture, or a VAE in float32."
+        )
+    return latent
+
+
+def _split(found: dict[str, Any], pair: Pair) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a text encoder gives as (tensors, options that JSON holds)."""
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    options = {name: value for name, value in found.items() if name not in tensors}
+    for name, value in options.items():
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            raise PairError(
+                f"{pair.where}: this text encoder gives {name} as {type(value).__name__}, which cannot be kept in a file. "
+                "Train for this base with the Train HY-WU Generator node."
+            )
     return tensors, options
 
 
-def _put(tensors: dict, options: dict, full: str, name: str, value: Any, pair: Pair) -> None:
-    if isinstance(value, Tensor):
-        tensors[full] = value
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        options[name] = value
-    else:
-        raise PairError(
-            f"{pair.where}: this text encoder gives {name} as {type(value).__name__}, which cannot be kept in a file. "
-            "Train for this base with the Train HY-WU Generator node."
-        )
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with open_safetensors(file, PairError) as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+        return tensors, json.loads((handle.metadata() or {}).get(OPTIONS, "{}"))
 
 
 def _entry(tensors: dict[str, Tensor], options: dict, part: str, reading: Reading) -> list:
@@ -204,80 +292,8 @@ def _entry(tensors: dict[str, Tensor], options: dict, part: str, reading: Readin
     own = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
     own |= {name: value for name, value in options[part].items() if value is not None}
     own |= {"guidance": reading.guidance} if reading.guidance else {}
-    return [own.pop("cond"), own | {"reference_latents": [tensors["source"]]}]
+    return [own.pop("cond"), own | {"reference_latents": [tensors[SOURCE]]}]
 
 
-def _identity(pair: Pair, base: str, reading: Reading) -> str:
-    """Of everything that decides what the encoders make of a pair; guidance is added later."""
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (pair.source, pair.target)]
-    text = json.dumps([files, pair.instruction, base, *reading._replace(guidance=0.0)])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _list_file(folder: Path) -> Path:
-    for name in LISTS:
-        if (folder / name).is_file():
-            return folder / name
-    kind = f"has neither {' nor '.join(LISTS)}" if folder.is_dir() else "is not a folder"
-    raise PairError(
-        f"{folder} {kind}. Put pictures there, and a pairs.jsonl with one line for each pair: "
-        '{"source": "a.png", "target": "a_edited.png", "instruction": "make it warmer"}'
-    )
-
-
-def _rows(file: Path) -> list[tuple[Any, str]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PairError(f"{file} cannot be read as UTF-8 text ({error}).") from None
-    if file.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        return [(row, f"{file}, line {reader.line_num}") for row in reader]
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append((json.loads(line), f"{file}, line {number}"))
-            except ValueError as error:
-                raise PairError(f"{file}, line {number}: not valid JSON ({error}).") from None
-    return rows
-
-
-def _pair(folder: Path, values: Any, where: str) -> Pair:
-    lacking = [
-        n for n in COLUMNS if not isinstance(values, dict) or not isinstance(values.get(n), str) or not values[n]
-    ]
-    if lacking:
-        raise PairError(
-            f"{where}: {lacking[0]} is missing or empty. Every pair has {', '.join(COLUMNS)}, all of them text."
-        )
-    source, target = folder / values["source"], folder / values["target"]
-    for path in (source, target):
-        if not path.is_file():
-            raise PairError(f"{where}: {path} does not exist. Names are relative to {folder}.")
-    return Pair(source, target, values["instruction"], where)
-
-
-def _check_sizes(pair: Pair, size: int) -> None:
-    (width, height), (new_width, new_height) = _size(pair.source), _size(pair.target)
-    shapes = width / height, new_width / new_height
-    if (width, height) == (new_width, new_height) or (size and abs(shapes[0] / shapes[1] - 1) <= SAME_SHAPE):
-        return
-    raise PairError(
-        f"{pair.where}: {pair.source.name} has {width} x {height} pixels, but {pair.target.name} has {new_width} x "
-        f"{new_height}. Both pictures of a pair must show the same place: give them one size"
-        f"{'' if size else ', or one shape and a size to bring them to (--size)'}."
-    )
-
-
-def _size(path: Path) -> tuple[int, int]:
-    turned = 5  # from this EXIF orientation on, width and height are swapped
-    return _opened(path, lambda i: i.size[::-1] if i.getexif().get(ORIENTATION, 1) >= turned else i.size)
-
-
-def _opened(path: Path, use: Callable[[Image.Image], Any]) -> Any:
-    try:
-        with Image.open(path) as image:
-            return use(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what the decoders raise
-        raise PairError(f"{path} cannot be read as a picture ({error}). Remove its pair, or save it again.") from None
+def _digest(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from ...condition import HIDDEN_STATES, Condition, assemble, expected_parts
 from ...config import GeneratorConfig
-from ...errors import HywuError
 from ...training.data import Sample
 from ..conditions import from_host
 from ..model import patch_size
+from .identity import digest
+from .pair_lists import PairError
 
-
-class DataError(HywuError):
-    """Training or evaluation pairs do not fit together."""
+REFERENCES = "reference_latents"
+# what training cannot honour, with the values that ask for nothing
+IGNORED = {name: None for name in ("control", "mask", "area", "hooks", "gligen")}
+IGNORED |= {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
 
 
 class HostPairs:
@@ -49,18 +51,23 @@ class HostPairs:
         """Pairs to train on and `held_out` others, taken evenly from the list so that every kind of edit is among them.
 
         Raises:
-            DataError: if fewer than two would be left to train on.
+            PairError: if fewer than two would be left to train on.
         """
         count = len(self)
         if count - held_out < 2:
-            raise DataError(f"Of {count} pairs, {held_out} cannot be held out: at least 2 must be left to train on.")
+            raise PairError(f"Of {count} pairs, {held_out} cannot be held out: at least 2 must be left to train on.")
         apart = {int((place + 0.5) * count / held_out) for place in range(held_out)}
         return self.chosen([i for i in range(count) if i not in apart]), self.chosen(sorted(apart))
 
-    def shapes(self) -> str:
-        """A digest of how many pairs of which sizes there are, by which a run knows its data again."""
-        sizes = [(tuple(s.latent.shape), tuple(s.condition.shape)) for s in self.samples]
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, str]:
+        """Digests by which a run knows its data again."""
+        entries = [sample.conditioning for sample in self.samples]
+        words = [[tokens, {n: v for n, v in options.items() if n != REFERENCES}] for tokens, options, *_ in entries]
+        return {
+            "pictures": digest([[s.latent, s.conditioning[1].get(REFERENCES, ())] for s in self.samples]),
+            "instructions": digest([words, self.instructions]),
+            "conditions": digest([sample.condition for sample in self.samples]),
+        }
 
 
 class _Pair(NamedTuple):
@@ -86,12 +93,12 @@ def host_pairs(
         generator_positive: what the generator reads, each a CONDITIONING or a Condition; by default what the base reads.
         progress: called with (done, total) after every condition; what it raises ends the work.
     Raises:
-        DataError: naming the pair that does not fit.
+        PairError: naming the pair that does not fit.
         ConditionError: if a condition is not what the generator reads.
     """
     pairs = _paired(latents, positive, generator_positive)
     if len(pairs) < 2:
-        raise DataError(
+        raise PairError(
             f"There {'is one training pair' if pairs else 'are no training pairs'}, and with fewer than two there is "
             "nothing for a generator to tell apart. Give more pairs; for a single one, train an ordinary LoRA."
         )
@@ -101,6 +108,10 @@ def host_pairs(
             key = f"pair {index + 1}"
             _check(model, key, pair)
             condition = _condition(model, config, pair.reads)
+            if condition.batch > 1:
+                raise PairError(
+                    f"What the generator reads of {key} is a batch of {condition.batch}; give one for each pair."
+                )
             tokens = _own(assemble(condition, config)[0].cpu())
             latent = _own(_as_the_base_has_it(model, pair.latent))
             samples.append(Sample(latent, _own(pair.entry), tokens, key))
@@ -135,7 +146,7 @@ def _entries(
     for index, (latent, conditioning) in enumerate(zip(latents, values, strict=True)):
         batch = len(latent["samples"])
         if len(conditioning) != batch:
-            raise DataError(
+            raise PairError(
                 f"Entry {index + 1} of the latents holds {batch} pictures, but {name} {index + 1} holds "
                 f"{len(conditioning)} entries. Give every picture an entry of its own, or use lists instead of batches."
             )
@@ -145,7 +156,7 @@ def _entries(
 
 def _check_count(name: str, found: int, expected: int) -> None:
     if found != expected:
-        raise DataError(
+        raise PairError(
             f"There are {expected} latents but {found} of {name}. Every edited picture needs exactly one; make both lists "
             "in the same order and of the same length."
         )
@@ -154,28 +165,40 @@ def _check_count(name: str, found: int, expected: int) -> None:
 def _check(model: comfy.model_patcher.ModelPatcher, key: str, pair: _Pair) -> None:
     tokens, options = pair.entry[0], pair.entry[1]
     if tokens.shape[0] != 1:
-        raise DataError(f"The CONDITIONING of {key} is a batch of {tokens.shape[0]}; give lists, one for each picture.")
+        raise PairError(f"The CONDITIONING of {key} is a batch of {tokens.shape[0]}; give lists, one for each picture.")
+    ignored = [name for name, nothing in IGNORED.items() if _asks_for_something(options.get(name), nothing)]
+    if ignored:
+        raise PairError(
+            f"The CONDITIONING of {key} carries {', '.join(ignored)}, which cannot act in training. Wire it from before the "
+            "node that added that."
+        )
     channels = model.get_model_object("latent_format").latent_channels
     if pair.latent.ndim not in (3, 4) or pair.latent.shape[0] != channels:
-        raise DataError(
+        raise PairError(
             f"The latent of {key} has the shape {tuple(pair.latent.shape)}, but this model works on {channels} channels. "
             "Encode the edited pictures with the VAE that belongs to the model."
         )
+    if not pair.latent.numel():
+        raise PairError(f"The latent of {key} is empty: its picture is too small for the VAE. Use a larger picture.")
     if not torch.isfinite(pair.latent).all():
-        raise DataError(f"The latent of {key} holds NaN or infinity. Encode that picture again, in float32.")
+        raise PairError(f"The latent of {key} holds NaN or infinity. Encode that picture again, in float32.")
     side, size = patch_size(model.model), tuple(pair.latent.shape[-2:])
     if size[0] % side or size[1] % side:
-        raise DataError(
+        raise PairError(
             f"The latent of {key} has {size[0]} x {size[1]} rows and columns, which are no multiples of the model's "
             f"patches of {side}. Crop or scale the picture."
         )
-    for reference in options.get("reference_latents", ())[:1]:
+    for reference in options.get(REFERENCES, ())[:1]:
         if reference.shape[0] != 1 or tuple(reference.shape[-2:]) != size:
-            raise DataError(
+            raise PairError(
                 f"The edited picture of {key} has a latent of {size[0]} x {size[1]}, but its source picture (reference "
                 f"latent) is {reference.shape[0]} of {reference.shape[-2]} x {reference.shape[-1]}. Scale both pictures "
                 "of a pair to the same size."
             )
+
+
+def _asks_for_something(value: Any, nothing: float | None) -> bool:
+    return value is not None and not (isinstance(value, (int, float)) and value == nothing)
 
 
 def _condition(model: comfy.model_patcher.ModelPatcher, config: GeneratorConfig, reads: Any) -> Condition:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...lora import InstanceLora
+from ...training.data import Sample
 from ..lora.apply import apply_lora
 from ..sampling import sample
 from .pairs_of_lists import HostPairs
@@ -20,7 +21,7 @@ PAIRS, SIDE, GAP = 4, 192, 4  # shown at most; pixels of a picture, and between 
 
 
 def contact_sheet(
-    model: comfy.model_patcher.ModelPatcher, vae: Any, pairs: HostPairs, lora_of: Callable[[int], InstanceLora]
+    model: comfy.model_patcher.ModelPatcher, vae: Any, pairs: HostPairs, lora_of: Callable[[Sample], InstanceLora]
 ) -> Image.Image:
     """For some pairs, one below the other: the source picture, what the base makes of it with its LoRA, the edited picture
     that is right.
@@ -30,7 +31,7 @@ def contact_sheet(
     rows = []
     for index in shown:
         pair = pairs.samples[index]
-        patched, _ = apply_lora(model, lora_of(index), mode="bypass")
+        patched, _ = apply_lora(model, lora_of(pair), mode="bypass")
         made = sample(patched, [pair.conditioning], pair.latent.unsqueeze(0))
         sources = pair.conditioning[1].get("reference_latents", ())[:1]
         rows.append([_picture(vae, latent) for latent in (*sources, made, pair.latent.unsqueeze(0))])

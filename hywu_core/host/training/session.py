@@ -1,0 +1,301 @@
+"""One training session, the same behind the node and behind the script: what it is about, its loop, held-out pairs, going on
+where a run stopped, and its result.
+
+In a run's folder: run.json (what it is about), state.safetensors, log.csv, validation.csv, and the generator as it was when
+the run ended or was ended. A file named `finish` put there ends the run after the step that is being done, as if that had
+been its last.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ...errors import HywuError
+from ...files.checkpoint import save_generator
+from ...lora import InstanceLora
+from ...training import (
+    GeneratorTrainable,
+    RunLog,
+    Sample,
+    SampleSource,
+    SessionOptions,
+    StepReport,
+    TrainConfig,
+    Trainer,
+)
+from ...training.log import STATE
+from ...training.options import PRECISIONS
+from ...training.trainer import Alone, Communication, anywhere
+from ...training.validation import averaged_weights, base_loss, validation_loss
+from .. import memory
+from ..memory import GeneratorHandle
+from ..new_generator import check_fits
+from .identity import claim, digest_of_base
+from .objective import DiffusionObjective
+
+FINISH = "finish"
+RECENT = 50  # steps whose losses are averaged for show, and after which the base's own loss is measured again
+COPIES = 5  # of a generator's weights while it is trained: itself, gradients, two moments, averages
+
+
+class StoppedError(HywuError):
+    """The run was asked to stop before its end; the same command goes on."""
+
+
+class Task(NamedTuple):
+    """What a session trains, for what, and on what."""
+
+    model: comfy.model_patcher.ModelPatcher
+    handle: GeneratorHandle  # a copy is trained
+    pairs: SampleSource
+    held_out: SampleSource | None
+    identity: dict[str, Any]  # digests of the pairs, and how they are read, as JSON holds them
+    provenance: dict[str, Any]  # what else the trained generator's file says
+
+
+class Progress(NamedTuple):
+    """How far a session is."""
+
+    done: int
+    steps: int
+    loss: float  # mean over the last steps
+    seconds: float  # of a step
+    at: tuple[float, float] | None  # the last measured step's loss, and the base's own on the same pairs and noise
+    held_out: tuple[float, float] | None  # the same of the held-out pairs
+
+    def __str__(self) -> str:
+        text = f"step {self.done}/{self.steps}: loss {self.loss:.4g}"
+        if self.at:
+            text += f" (last measured {self.at[0]:.4g}, without a LoRA {self.at[1]:.4g})"
+        if self.held_out:
+            text += f", held out {self.held_out[0]:.4g} (without a LoRA {self.held_out[1]:.4g})"
+        left = _time((self.steps - self.done) * self.seconds)
+        return f"{text}, {self.seconds:.2f} s a step" + (f", {left} left" if self.done < self.steps else "")
+
+
+class Front:
+    """Where a session runs. Methods do nothing by default."""
+
+    def generator_file(self, step: int | None) -> Path:
+        """Where the generator goes: as it is after a step, or at the end."""
+        raise NotImplementedError
+
+    def say(self, text: str) -> None:
+        """A line for whoever waits."""
+
+    def show(self, progress: Progress) -> None:
+        """After every step."""
+
+    def preview(self, session: Session) -> None:
+        """Show what the generator does now, after a validation. The averaged weights are in place."""
+
+    def check(self) -> None:
+        """Between micro-batches and after every step. What it raises cancels the run."""
+
+    def asked_to_stop(self) -> bool:
+        """After every step: whether to end with a StoppedError."""
+        return False
+
+
+class Session:
+    """A run, with everything that it holds in memory.
+
+    Args:
+        folder: of the run; it is claimed by the first process.
+    Raises:
+        MatchError: if generator and model do not fit, or the model cannot be trained on.
+        TrainingError: if the folder holds another run. SaveError: if it cannot be written to.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        options: SessionOptions,
+        folder: Path,
+        front: Front,
+        communication: Communication | None = None,
+    ):
+        self.task, self.options, self.folder, self.front = task, options, folder, front
+        communication = communication or Alone()
+        self.main = communication.rank == 0
+        check_fits(task.model.model, task.handle.config)
+        self.objective = DiffusionObjective(task.model, options.checkpoint_stack)
+        self.generator = memory.trainable_copy(task.handle)
+        self.generator.checkpoint_blocks = options.checkpoint_generator
+        self.patcher = memory.manage_training(self.generator)
+        goes_on = self.main and claim(folder, self._identity(config), options)
+        self.load(task.pairs.sample(0, torch.Generator()), config)
+        trainable = GeneratorTrainable(self.generator, PRECISIONS[options.precision])
+        self.trainer = Trainer(trainable, self.objective, task.pairs, config, communication, front.check)
+        self.log: RunLog | None = None
+        if goes_on:
+            self.trainer.resume(folder / STATE)
+            front.say(f"The run in {folder} goes on after step {self.trainer.done}.")
+        self._at: tuple[float, float] | None = None
+        self._held_out: tuple[float, float] | None = None
+        self._began: tuple[float, int] | None = None
+
+    def load(self, sample: Sample | None = None, config: TrainConfig | None = None) -> None:
+        """Have the host load base and generator; for a first time with room for what training needs beside them."""
+        room = 0
+        if sample is not None:
+            size = config.micro_batch or config.batch
+            weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
+            room = COPIES * weights + self.objective.base.memory_required((size, *sample.latent.shape))
+        patchers = [*self.objective.patchers, self.patcher]
+        comfy.model_management.load_models_gpu(patchers, memory_required=room, force_full_load=True)
+
+    def run(self) -> None:
+        """All steps that are left. Whatever ends it early, state and generator of the last whole step are kept.
+
+        Raises:
+            StoppedError: if the front asked to stop. TrainingError: for a loss that is not finite.
+        """
+        trainer, begun, whole = self.trainer, self.trainer.done, False
+        if trainer.done > trainer.config.steps:
+            self.front.say(
+                f"The run has {trainer.done} steps already, and {trainer.config.steps} are asked for: the generator is given "
+                "as it is, and the state is kept."
+            )
+        self.log = RunLog(self.folder, trainer.done) if self.main else None
+        self._began = time.monotonic(), begun
+        try:
+            trainer.run(self._after_step, self.folder / STATE if self.main else None, self.options.save_every)
+            whole = True
+        finally:
+            if self.main and (trainer.done > begun or whole):
+                self.keep(self.front.generator_file(None))
+            if self.main and not whole and trainer.done:
+                self.front.say(
+                    f"Stopped after step {trainer.done} of {trainer.config.steps}. The state is kept in {self.folder}: start "
+                    f"the run again to go on, or with at most {trainer.done} steps to take the generator as it is. It is "
+                    f"also in {self.front.generator_file(None)}."
+                )
+
+    def keep(self, path: Path) -> None:
+        """Write the generator as it is now; the averaged weights, where there are such.
+
+        Raises:
+            SaveError: if it cannot be written.
+        """
+        self.generator.config = replace(self.task.handle.config, hywu=self._hywu())
+        with averaged_weights(self.trainer):
+            save_generator(self.generator, path)
+
+    def result(self, name: str) -> GeneratorHandle:
+        """The trained generator: the averaged weights, where there are such."""
+        state = self.trainer.averaged or self.generator.state_dict()
+        return memory.from_state(replace(self.task.handle.config, hywu=self._hywu()), state, name)
+
+    @property
+    def losses(self) -> list[float]:
+        """One for each step, those before a resume included."""
+        return list(self.log.losses) if self.log else []
+
+    def lora(self, sample: Sample) -> InstanceLora:
+        """What the generator writes now. Base and VAE may have taken its room meanwhile."""
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        condition = sample.condition.unsqueeze(0).to(self.patcher.load_device)
+        return self.generator.generate(condition, dtype=PRECISIONS[self.options.precision])
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The generator as it would be given now, for the time of the block."""
+        return averaged_weights(self.trainer)
+
+    def release(self) -> None:
+        """Give back the memory that only this run needed."""
+        own_base = self.objective.patcher.model is not self.task.model.model
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        if self.log:
+            self.log.close()
+        for patcher in (self.patcher, *self.objective.banks, *([self.objective.patcher] if own_base else [])):
+            # by name: what an error's traceback still holds would be called a leak
+            comfy.model_management.unload_model_and_clones(patcher, unload_additional_models=False)
+        self.trainer = self.generator = self.patcher = self.objective = self.log = None
+        gc.collect()
+        comfy.model_management.cleanup_models_gc()
+        comfy.model_management.soft_empty_cache()
+
+    def _identity(self, config: TrainConfig) -> Mapping[str, Any]:
+        task = self.task
+        digests = {"generator": task.handle.fingerprint, "base": digest_of_base(task.model), "pairs": len(task.pairs)}
+        return {**task.identity, **digests, "precision": self.options.precision, **config.identity()}
+
+    def _hywu(self) -> dict[str, Any]:
+        """The generator's own part of its configuration, with how it was trained."""
+        losses, config = self.log.losses if self.log else [], self.trainer.config
+        tenth = len(losses) // 10 or 1
+        about = {
+            "steps": self.trainer.done,
+            "pairs": len(self.task.pairs),
+            "precision": self.options.precision,
+            "first_loss": _mean(losses[:tenth]),
+            "last_loss": _mean(losses[-tenth:]),
+        }
+        return {**self.task.handle.config.hywu, "training": asdict(config) | self.task.provenance | about}
+
+    def _after_step(self, report: StepReport) -> bool:
+        """Log, measure, keep and show; returns whether to finish."""
+        trainer, options = self.trainer, self.options
+        done, last = trainer.done, trainer.done == trainer.config.steps
+        if self.log:
+            self.log.step(report)
+        if last or done % RECENT == 0 or done == self._began[1] + 1:
+            self._at = report.loss, base_loss(trainer, report.step)
+        if options.validate_every and (last or done % options.validate_every == 0):
+            self._validate(report.step)
+        if self.main and options.keep_every and done % options.keep_every == 0:
+            self.keep(self.front.generator_file(done))
+        if self.main:
+            recent = self.log.losses[-RECENT:]
+            seconds = (time.monotonic() - self._began[0]) / (done - self._began[1])
+            mean = sum(recent) / len(recent)
+            self.front.show(Progress(done, trainer.config.steps, mean, seconds, self._at, self._held_out))
+        self.front.check()
+        if not last and anywhere(trainer.communication, self.front.asked_to_stop()):
+            raise StoppedError(f"Stopped after step {done}. The same command goes on.")
+        return anywhere(trainer.communication, self.main and self._asked_to_finish())
+
+    def _validate(self, step: int) -> None:
+        trainer, held_out, limit = self.trainer, self.task.held_out, self.options.held_out_limit
+        if held_out:
+            seed = trainer.config.seed
+            # the base stays, and so does its loss
+            base = (
+                self._held_out[1]
+                if self._held_out
+                else validation_loss(trainer, held_out, limit, seed, base_alone=True)
+            )
+            self._held_out = validation_loss(trainer, held_out, limit, seed), base
+            if self.log:
+                self.log.validation(step, *self._held_out)
+        with self.averaged():
+            self.front.preview(self)
+
+    def _asked_to_finish(self) -> bool:
+        asked = (self.folder / FINISH).exists()
+        (self.folder / FINISH).unlink(missing_ok=True)
+        return asked
+
+
+def _mean(losses: list[float]) -> float | None:
+    """To as many digits as the log keeps, so that a resumed run says the same."""
+    return float(f"{sum(float(f'{loss:.6g}') for loss in losses) / len(losses):.6g}") if losses else None
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
