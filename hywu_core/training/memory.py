@@ -18,47 +18,95 @@ import torch
 from torch import Tensor
 
 from ..errors import HywuError, LoraError
-from ..lora import InstanceLora, LoraFactor, inner
+from ..lora import InstanceLora, LoraFactor
 from .data import Sample, source_of
+from .options import CONSTANT, FALLING
 from .trainable import Trainable
 
 MEMORY_STREAM = 2**20  # the place in a batch from which these draws take their random numbers, far behind any sample's
 
 
 def weight_distance(written: InstanceLora, wanted: InstanceLora) -> Tensor:
-    """sum ||dW - dW'||^2 / sum ||dW'||^2 over all targets, for each instance: (B,), in float64, differentiable in both.
+    """sum ||dW - dW'||^2 / sum ||dW'||^2 over all targets, for each instance: (B,), differentiable in both, in float32 or
+    what is finer of the factors' types.
 
     0 where both are equal, 1 for a LoRA that changes nothing, 4 for the opposite one. A wanted LoRA that changes nothing
-    has no length to measure by: the squared norm itself is given there.
+    has no length to measure by: the squared norm itself is given there. Ranks may differ.
 
     Raises:
         LoraError: if the two do not have the same targets, shapes and batch.
     """
     _check(written, wanted)
-    distance = length = 0.0
-    for name, ours in written.factors.items():
-        ours, theirs = _scaled(ours, written.scale), _scaled(wanted.factors[name], wanted.scale)
-        own, other = inner(ours, ours), inner(theirs, theirs)
-        distance = distance + _over_experts(own - 2 * inner(ours, theirs) + other)
-        length = length + _over_experts(other)
-    distance = distance.clamp(min=0)  # the three terms cancel to rounding where both are equal
-    return torch.where(length > 0, distance / torch.where(length > 0, length, 1.0), distance)
+    products = inner_products(written, wanted)
+    # the three terms cancel to rounding where both are equal
+    distance = (products.own - 2 * products.both + products.other).clamp(min=0)
+    return torch.where(products.other > 0, distance / torch.where(products.other > 0, products.other, 1.0), distance)
+
+
+class Products(NamedTuple):
+    """Inner products of dW and dW', all targets as one vector; each (B,)."""
+
+    own: Tensor  # <dW, dW>
+    both: Tensor  # <dW, dW'>
+    other: Tensor  # <dW', dW'>
+
+
+def inner_products(written: InstanceLora, wanted: InstanceLora) -> Products:
+    """What the two are to each other, from the factors alone, graph kept.
+
+    Raises:
+        LoraError: see `weight_distance`.
+    """
+    _check(written, wanted)
+    others, total = wanted.factors, None
+    for name, pair in written.factors.items():
+        ours, theirs = _scaled(pair, written.scale), _scaled(others[name], wanted.scale)
+        found = torch.stack([_inner(ours, ours), _inner(ours, theirs), _inner(theirs, theirs)])
+        total = found if total is None else total + found
+    return Products(*total)
+
+
+class Likeness(NamedTuple):
+    """How like two LoRAs are."""
+
+    distance: float  # see `weight_distance`: 0 is the same
+    cosine: float  # of their dW: 1 is the same direction, 0 nothing in common
+    strength: float  # ||dW|| / ||dW'||
+
+
+def likeness(written: InstanceLora, wanted: InstanceLora) -> Likeness:
+    """The means over the instances of what each is to the wanted one.
+
+    Raises:
+        LoraError: see `weight_distance`.
+    """
+    own, both, other = inner_products(written, wanted)
+    tiny = torch.finfo(own.dtype).tiny
+    cosine = both / (own * other).clamp(min=tiny).sqrt()
+    strength = (own / other.clamp(min=tiny)).sqrt()
+    return Likeness(*(float(value.mean()) for value in (weight_distance(written, wanted), cosine, strength)))
 
 
 class Teacher(Protocol):
     """Gives the LoRA that is wanted for samples."""
 
     def lora(self, samples: Sequence[Sample]) -> InstanceLora:
-        """One instance for each sample, without a graph."""
+        """One instance for each sample. A graph of its own is not followed."""
 
 
 class Lesson(NamedTuple):
     """What of the weight-space objective a step does."""
 
+    name: str  # in logs and progress
     samples: Sequence[Sample]  # their conditions are read; latents and conditioning are not
     teacher: Teacher
     weight: float  # of the mean distance, beside the diffusion loss
-    batch: int  # samples of a step
+    batch: int  # samples of a step, over all processes
+    schedule: str = CONSTANT
+
+    def weight_at(self, share: float) -> float:
+        """The weight when a share of all steps is done."""
+        return self.weight * (1 - share) if self.schedule == FALLING else self.weight
 
 
 class WeightSpace:
@@ -72,28 +120,46 @@ class WeightSpace:
 
     def __init__(self, lessons: Sequence[Lesson], seed: int):
         self.lessons, self.seed = tuple(lessons), seed
-        if any(not lesson.samples for lesson in self.lessons):
-            raise HywuError("There is nothing to remember: give at least one instruction and one picture.")
+        for lesson in self.lessons:
+            if not len(lesson.samples):
+                raise HywuError(
+                    f"There is nothing to learn for {lesson.name}: give at least one instruction and one picture."
+                )
 
-    def backward(self, trainable: Trainable, step: int, share: slice) -> tuple[float, ...]:
-        """Leave the gradients on the parameters; the mean distance of every lesson, before its weight.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the lessons."""
+        return tuple(lesson.name for lesson in self.lessons)
 
-        Args:
-            share: which places of the batch this process does, as in `data.batch_of`.
+    def loss(self, distances: Sequence[float], step: int, steps: int) -> float:
+        """What the lessons' mean distances add to the loss of a step."""
+        weights = (lesson.weight_at(step / steps) for lesson in self.lessons)
+        return sum(weight * distance for weight, distance in zip(weights, distances, strict=True))
+
+    def backward(self, trainable: Trainable, step: int, steps: int, rank: int, processes: int) -> list[float]:
+        """Leave this process's share of the gradients on the parameters, so that their mean over the processes is the whole.
+
+        Returns:
+            of every lesson this process's share of the mean distance, before its weight; likewise.
         """
-        return tuple(self._one(index, lesson, trainable, step, share) for index, lesson in enumerate(self.lessons))
+        return [
+            self._one(index, lesson.weight_at(step / steps), trainable, step, (rank, processes))
+            for index, lesson in enumerate(self.lessons)
+        ]
 
-    def _one(self, index: int, lesson: Lesson, trainable: Trainable, step: int, share: slice) -> float:
+    def _one(self, index: int, weight: float, trainable: Trainable, step: int, among: tuple[int, int]) -> float:
+        lesson, (rank, processes) = self.lessons[index], among
         samples = []
-        for place in range(lesson.batch)[share]:
+        for place in range(lesson.batch * rank // processes, lesson.batch * (rank + 1) // processes):
             source = source_of(self.seed, step, MEMORY_STREAM * (1 + index) + place)
             samples.append(lesson.samples[int(torch.randint(len(lesson.samples), (), generator=source))])
         if not samples:
             return 0.0
+        written = trainable.lora(samples)
         with torch.no_grad():
-            wanted = lesson.teacher.lora(samples)
-        distance = weight_distance(trainable.lora(samples), wanted).mean()
-        (lesson.weight * distance).backward()
+            wanted = lesson.teacher.lora(samples).to(written.pairs[0].down.device)
+        distance = weight_distance(written, wanted).sum() * processes / lesson.batch
+        (weight * distance).backward()
         return float(distance.detach())
 
 
@@ -118,5 +184,9 @@ def _scaled(pair: LoraFactor, scale: float) -> LoraFactor:
     return LoraFactor(pair.down, pair.up * scale)
 
 
-def _over_experts(values: Tensor) -> Tensor:
-    return values.sum(-1) if values.ndim == 2 else values
+def _inner(a: LoraFactor, b: LoraFactor) -> Tensor:
+    """<B_a A_a, B_b A_b> (B,), over a bank's experts too, as fine as the factors are."""
+    wide = torch.promote_types(torch.promote_types(a.up.dtype, b.up.dtype), torch.float32)
+    ups = a.up.to(wide).mT @ b.up.to(wide)
+    downs = a.down.to(wide) @ b.down.to(wide).mT
+    return (ups * downs).flatten(1).sum(-1)

@@ -78,6 +78,7 @@ def test_what_does_not_fit_is_named():
         weight_distance(ours, lora(batch=3))
 
 
+ALONE = 10, 0, 1  # of ten steps, the first of one process
 CONFIG = GeneratorConfig(
     d_model=16,
     head_dim=8,
@@ -111,14 +112,14 @@ def gradients(made: Generator) -> dict[str, torch.Tensor]:
 
 def test_a_lesson_gives_the_gradient_of_its_mean_distance():
     pupil, teacher, old = generator(1), generator(2), samples(5)
-    lesson = Lesson(old, GeneratorTrainable(teacher, torch.float64), weight=0.5, batch=5)
-    (found,) = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), 3, slice(0, 5))
+    lesson = Lesson("memory", old, GeneratorTrainable(teacher, torch.float64), weight=0.5, batch=5)
+    [found] = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), 3, *ALONE)
     through_lesson = gradients(pupil)
     assert not gradients(teacher)
-    again = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), 3, slice(0, 5))
-    assert again == (found,), "the draw depends on nothing but seed, step and place"
-    other = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), 4, slice(0, 5))
-    assert other != (found,)
+    again = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), 3, *ALONE)
+    assert again == [found], "the draw depends on nothing but seed, step and place"
+    other = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), 4, *ALONE)
+    assert other != [found]
 
     pupil.zero_grad()
     step = 1e-6
@@ -134,41 +135,48 @@ def test_a_lesson_gives_the_gradient_of_its_mean_distance():
 def _mean(pupil, teacher, lesson, step) -> float:
     """The lesson's distance, without its gradient."""
     with torch.enable_grad():
-        found = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), step, slice(0, 5))
+        found = WeightSpace([lesson], seed=0).backward(GeneratorTrainable(pupil, torch.float64), step, *ALONE)
     return found[0]
 
 
 def test_training_on_a_lesson_alone_reaches_the_teacher():
     pupil, teacher = generator(1), generator(2)
-    lesson = Lesson(samples(2), GeneratorTrainable(teacher, torch.float64), weight=1.0, batch=4)
+    lesson = Lesson("memory", samples(2), GeneratorTrainable(teacher, torch.float64), weight=1.0, batch=4)
     trainable, objective = GeneratorTrainable(pupil, torch.float64), WeightSpace([lesson], seed=0)
     optimizer = torch.optim.Adam(pupil.parameters(), lr=1e-2)
     course = []
     for step in range(120):
         optimizer.zero_grad()
-        course += objective.backward(trainable, step, slice(0, 4))
+        course += objective.backward(trainable, step, *ALONE)
         optimizer.step()
     assert course[-1] < 0.05 * course[0]
 
 
-def test_processes_share_a_lesson_out():
-    """Two processes with half the places each draw what one draws."""
-    old = samples(7)
-    seen = []
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_processes_share_a_lesson_out(processes):
+    """However unevenly: the mean of their gradients and of what they say is what one process finds."""
+    teacher = GeneratorTrainable(generator(2), torch.float64)
+    objective = WeightSpace([Lesson("memory", samples(7), teacher, weight=1.0, batch=4)], seed=5)
+    pupil = generator(1)
+    alone = objective.backward(GeneratorTrainable(pupil, torch.float64), 0, 10, 0, 1)
+    expected = gradients(pupil)
+    said, total = [], {name: torch.zeros_like(value) for name, value in expected.items()}
+    for rank in range(processes):
+        pupil.zero_grad()
+        said += objective.backward(GeneratorTrainable(pupil, torch.float64), 0, 10, rank, processes)
+        for name, value in gradients(pupil).items():
+            total[name] += value / processes
+    assert sum(said) / processes == pytest.approx(alone[0], rel=1e-12)
+    for name, value in expected.items():
+        torch.testing.assert_close(total[name], value, rtol=1e-9, atol=1e-12)
 
-    class Spy:
-        def lora(self, given):
-            seen.append([id(sample) for sample in given])
-            return generator(2)(torch.stack([sample.condition for sample in given])).map(
-                lambda pair: LoraFactor(pair.down.detach(), pair.up.detach())
-            )
 
-    lesson = Lesson(old, Spy(), weight=1.0, batch=4)
-    for share in (slice(0, 4), slice(0, 2), slice(2, 4)):
-        WeightSpace([lesson], seed=5).backward(GeneratorTrainable(generator(1), torch.float64), 0, share)
-    assert seen[0] == seen[1] + seen[2]
+def test_a_falling_weight_is_zero_at_the_end():
+    lesson = Lesson("loras", samples(1), GeneratorTrainable(generator(2)), 2.0, 1, "falling")
+    assert [lesson.weight_at(share) for share in (0.0, 0.5, 1.0)] == [2.0, 1.0, 0.0]
+    assert lesson._replace(schedule="constant").weight_at(0.9) == 2.0
 
 
 def test_a_lesson_without_samples_is_refused():
-    with pytest.raises(HywuError, match="nothing to remember"):
-        WeightSpace([Lesson([], GeneratorTrainable(generator(2)), 1.0, 4)], seed=0)
+    with pytest.raises(HywuError, match="nothing to learn for memory"):
+        WeightSpace([Lesson("memory", [], GeneratorTrainable(generator(2)), 1.0, 4)], seed=0)

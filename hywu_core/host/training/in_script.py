@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from ...condition import SOURCES, Condition
 from ...config import GeneratorConfig
 from ...errors import ConfigError, HywuError
+from ...lineage import instructions as as_kept
 from ...training import SampleSource, TrainingError
 from ...training.distributed import Accelerated, share_state
 from ...training.options import RunConfig
@@ -20,8 +21,10 @@ from ..new_generator import generator_config
 from . import base_files
 from .frozen import refuse_untrainable
 from .identity import digest
+from .lessons import Encoding, HostLesson, Picture, ask, remembering
 from .pairs_of_folder import EncodedPairs, Encoders, Pair, Reading, hold_out, read_pairs
 from .session import RECENT, Front, Progress, Session, StoppedError, Task
+from .teach import ASKED_ABOUT, lora_lesson, read_lines
 
 # in a run's folder, beside its state and logs
 GENERATOR, KEPT = "generator", "encoded"
@@ -43,6 +46,7 @@ class Pairs(Protocol):
 
     identity: dict[str, Any]  # see `Task`
     origin: str  # for the generator's file
+    instructions: tuple[str, ...]  # of all pairs, each once
 
     def encode(self, progress: Callable[[int, int], None], communication: Accelerated) -> None:
         """Whatever must be done once before the first step; every process of a machine does its share."""
@@ -52,6 +56,9 @@ class Pairs(Protocol):
 
     def sources(self, config: GeneratorConfig) -> tuple[SampleSource, SampleSource | None]:
         """To train on, and held out, for a generator."""
+
+    def pictures(self, count: int) -> list[Picture]:
+        """At most so many sources, to ask instructions about; always the same."""
 
 
 def train_on_folder(
@@ -140,6 +147,7 @@ class PairsOfFolder:
         self.sets = [EncodedPairs(some, Path(run.output) / KEPT, encoders, reading) for some in (pairs, held_out)]
         self.identity = {"encoders": encoders, **_identity(pairs), "held_out": digest(_identity(held_out).items())}
         self.origin = f"{len(pairs) + len(held_out)} pairs {self.identity['pictures']}"
+        self.instructions = as_kept(pair.instruction for pair in pairs)
 
     def encode(self, progress: Callable[[int, int], None], communication: Accelerated) -> None:
         encoders = None
@@ -156,6 +164,9 @@ class PairsOfFolder:
         for some in self.sets:
             some.config = config
         return self.sets[0], self.sets[1] if len(self.sets[1]) else None
+
+    def pictures(self, count: int) -> list[Picture]:
+        return [Picture(*found) for found in self.sets[0].sources(count)]
 
 
 def base_from_files(run: RunConfig) -> Base:
@@ -182,12 +193,38 @@ def _prepare(
         handle = _generator(run, base.model, pairs)
         sources = pairs.sources(handle.config)
         provenance = {"regime": run.regime, "data": pairs.origin, "base": base.name}
-        task = Task(base.model, handle, *sources, {**pairs.identity, **run.identity()}, provenance)
+        identity = {**pairs.identity, **run.identity()}
+        lessons, texts = _lessons(run, base, pairs, handle)
+        task = Task(base.model, handle, *sources, identity, provenance, (*pairs.instructions, *texts), lessons)
         return Session(task, run.training, run.session(), Path(run.output), front, communication)
 
     base, pairs = _together(communication, read)
     _together(communication, lambda: pairs.encode(front.encoded, communication))
     return _together(communication, session)
+
+
+def _lessons(
+    run: RunConfig, base: Base, pairs: Pairs, handle: GeneratorHandle
+) -> tuple[tuple[HostLesson, ...], tuple[str, ...]]:
+    """The lessons in weight space that a run asks for, and the instructions that they add to what the generator knows."""
+    config = run.training
+    if not (config.memory or config.loras):
+        return (), ()
+    pictures = pairs.pictures(ASKED_ABOUT)
+    encoding = Encoding(base.encoders().clip, base.model, run.text_sees_source)
+    lessons, added = [], ()
+    if config.memory:
+        teacher = memory.load(Path(run.teacher)) if run.teacher else handle
+        given = read_lines(Path(run.old_instructions)) if run.old_instructions else ()
+        texts = as_kept(given) or as_kept(teacher.config.hywu.get("instructions", ())) or pairs.instructions
+        asked = ask(texts, pictures, encoding, handle.config)
+        lessons.append(remembering(teacher, handle.config, asked, config, run.dtype))
+        added = texts
+    if config.loras:
+        lesson, texts = lora_lesson(base.model, handle, Path(run.lora_files), pictures, encoding, config)
+        lessons.append(lesson)
+        added = (*added, *texts)
+    return tuple(lessons), added
 
 
 def _read(run: RunConfig) -> tuple[list[Pair], list[Pair]]:
