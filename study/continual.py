@@ -20,7 +20,7 @@ from hywu_core.files.safetensors import open_safetensors, write_safetensors
 from hywu_core.generator import Generator
 from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer
-from hywu_core.training.memory import Lesson, WeightSpace
+from hywu_core.training.weight_space import Lesson, WeightSpace
 
 from . import evaluation
 from .comparison import SIZE, VARIANTS, composed

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import HywuError
 from ..lora import InstanceLora
 from .data import Draw, SampleSource, batch_of
-from .memory import WeightSpace
+from .weight_space import WeightSpace
 from .options import TrainConfig
 from .state import load_state, save_state
 from .trainable import Trainable, diversity_loss, instances, leaves

@@ -23,7 +23,7 @@ from hywu_core.lineage import INSTRUCTIONS
 from hywu_core.lineage import instructions as as_kept
 from hywu_core.lora import truncate
 from hywu_core.training import SessionOptions, TrainingError
-from hywu_core.training.memory import likeness
+from hywu_core.training.weight_space import likeness
 from study.methods import generator_config
 
 OLD = ("make it darker", "warmer tones", "blur the picture")
@@ -376,7 +376,7 @@ def test_a_generator_for_other_weights_does_not_teach(studio):
     given = handle()
     mapping = {name: dims for name, dims in given.config.pg_mapping.items() if "mlp" not in name}
     other = memory.new(dataclasses.replace(given.config, pg_mapping=mapping), 0)
-    with pytest.raises(MatchError, match="different weights"):
+    with pytest.raises(MatchError, match="other weights"):
         lessons.check_teacher(other, given.config)
     part = [{"kind": "conditioning", "width": given.config.input_dim}]
     reads = memory.new(dataclasses.replace(given.config, hywu={"condition": part}), 0)

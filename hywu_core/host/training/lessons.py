@@ -1,4 +1,4 @@
-"""Lessons in weight space with the host: old instructions on any pictures, encoded by its text encoder, and who teaches them."""
+"""Lessons in weight space with the host: old instructions on any pictures, encoded by its text encoder, and who teaches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...config import GeneratorConfig
 from ...errors import HywuError, MatchError
 from ...layout import full_name, targets
 from ...training import GeneratorTrainable, Sample, TrainConfig
-from ...training.memory import Lesson, Likeness, Teacher, likeness
+from ...training.weight_space import Lesson, Likeness, Teacher, likeness
 from ...training.options import PRECISIONS
 from .. import memory
 from ..conditions import from_host
@@ -105,7 +105,7 @@ def ask(
 ) -> Asked:
     """Instructions on pictures, for a generator.
 
-    Where the text encoder sees the picture, or the base is to be run, every instruction is asked on a few of the pictures only.
+    Where the text encoder sees the picture, or the base is to be run, every instruction is asked on a few pictures only.
 
     Args:
         progress: called with (done, total) after every instruction; what it raises ends the work.
@@ -180,7 +180,7 @@ def check_teacher(teacher: GeneratorHandle, pupil: GeneratorConfig) -> None:
     if ours != theirs:
         apart = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         raise MatchError(
-            f"{teacher.name} cannot teach this generator: they write for different weights, such as {apart[0]} "
+            f"{teacher.name} cannot teach this generator: they write for other weights, such as {apart[0]} "
             f"({theirs.get(apart[0], 'none')} and {ours.get(apart[0], 'none')}; {len(apart)} differ). Both must be made for the same "
             "base and the same targets; only size and rank may differ."
         )

@@ -1,4 +1,4 @@
-"""LoRA files as lessons: a folder of them with their instructions, brought onto the weights that a generator writes for.
+"""LoRA files as lessons: a folder of them with their instructions, brought onto the weights that a generator writes.
 
 An instruction stands in a list of the folder (loras.jsonl or loras.csv with the columns file and instruction; a file may stand
 there several times, in other words), in a text file beside the LoRA, or in its metadata under "instruction".
@@ -23,7 +23,7 @@ from ...files.safetensors import open_safetensors
 from ...layout import Target, full_name, place, targets
 from ...lora import InstanceLora, LoraFactor, norms
 from ...training import Sample, TrainConfig
-from ...training.memory import Lesson
+from ...training.weight_space import Lesson
 from ..lora.matching import Match, match
 from .identity import digest
 from .lessons import LORAS, Asked, HostLesson, LessonError
@@ -44,7 +44,7 @@ class Collected(NamedTuple):
 
 
 class Collection:
-    """LoRAs by the names of their files; see `hywu_core.training.memory.Teacher`. All are held in memory."""
+    """LoRAs by the names of their files; see `hywu_core.training.weight_space.Teacher`. All are held in memory."""
 
     def __init__(self, loras: Sequence[Collected]):
         self.loras = {collected.path.name: collected.lora for collected in loras}

@@ -36,7 +36,7 @@ from ...training import (
 )
 from ...training.data import batch_of
 from ...training.log import STATE
-from ...training.memory import WeightSpace
+from ...training.weight_space import WeightSpace
 from ...training.options import PRECISIONS
 from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss

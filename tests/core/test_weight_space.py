@@ -5,7 +5,7 @@ import torch
 
 from hywu_core import Generator, GeneratorConfig, HywuError, InstanceLora, LoraError, LoraFactor
 from hywu_core.training import GeneratorTrainable, Sample
-from hywu_core.training.memory import Lesson, WeightSpace, weight_distance
+from hywu_core.training.weight_space import Lesson, WeightSpace, weight_distance
 
 SHAPES = {"a": ((3, 5), (7, 3)), "experts": ((2, 3, 4), (2, 6, 3))}
 
