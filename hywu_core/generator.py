@@ -15,7 +15,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .chunked import Engine, generate_layers
 from .config import GeneratorConfig
@@ -23,6 +22,7 @@ from .errors import ConditionError, GenerationError
 from .layout import detokenize, full_name, target_names, targets
 from .lora import InstanceLora, LoraFactor
 from .plan import LEAST_CHUNK, plan
+from .recompute import recomputed
 from .transformer import EncoderLayer, Tables, TokenTransformer
 
 
@@ -98,7 +98,7 @@ class Generator(nn.Module):
         x = x.expand(context.shape[0], -1, -1, -1)
         for block in self.model.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, tables, use_reentrant=False)
+                x = recomputed(block, x, context, tables)
             else:
                 x = block(x, context, tables)
         return self.model.project(x)

@@ -205,8 +205,8 @@ class HYWULearnFromLoRAs(io.ComfyNode):
             is_input_list=True,
             search_aliases=["distill loras", "lora collection", "hypernetwork from loras"],
             description="Trains a generator to write what a folder of LoRA files holds, each for its instruction: no "
-            "pictures of edits and no pass through the base are needed. A new generator gets a warm start for Train HY-WU Generator so. "
-            "Says file by file how near it came.",
+            "pictures of edits and no pass through the base are needed. A new generator gets a warm start for Train HY-WU "
+            "Generator so. Says file by file how near it came.",
             inputs=[
                 io.Model.Input("model", tooltip="The base that the LoRAs are for."),
                 io.Clip.Input("clip", tooltip="The base's text encoder, for the instructions."),

@@ -1,10 +1,10 @@
 """Teach a generator one new edit from a folder of pairs, or from a folder of LoRA files, and keep what it knows.
 
     python scripts/teach.py --pocket --generator models/hywu/mine.safetensors --pairs my-edit --output out/taught
-    python scripts/teach.py --pocket --generator new.safetensors --loras my-loras --pictures photos
+    python scripts/teach.py --pocket --generator new.safetensors --loras my-loras
 
---pairs: as for scripts/train.py (source, target, instruction); all of one edit, whose wordings may differ. The same command goes
-on with a run that was stopped. The generator is written into the output folder, with a report of what was kept.
+--pairs: as for scripts/train.py (source, target, instruction); all of one edit, in several words. The same command goes on
+with a run that was stopped. The generator is written into the output folder, with a report of what was kept.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from ..generator import Generator
 from ..layout import full_name, targets
 from ..lora import InstanceLora, LoraFactor
 from .data import Sample
+from .memory import GRAPH_ROOM, graph_bytes
 
 
 class Trainable(Protocol):
@@ -25,6 +26,9 @@ class Trainable(Protocol):
     def lora(self, samples: Sequence[Sample]) -> InstanceLora | None:
         """The samples' LoRA with its graph: one instance for each, or one for all; None if the base itself is trained."""
 
+    def graphs_at_once(self, samples: Sequence[Sample]) -> int | None:
+        """How many samples' graphs may be in memory at a time; None: there is one for all."""
+
 
 class GeneratorTrainable:
     """A generator writes an instance for each sample from its condition.
@@ -32,10 +36,11 @@ class GeneratorTrainable:
     Args:
         generator: its parameters are what is trained, in the type that they have.
         dtype: to compute in; float32 parameters with bfloat16 computing is the usual mixed precision.
+        room: bytes that the graphs of samples may take together while the base is run. What does not fit is computed twice.
     """
 
-    def __init__(self, generator: Generator, dtype: torch.dtype = torch.float32):
-        self.generator, self.dtype = generator, dtype
+    def __init__(self, generator: Generator, dtype: torch.dtype = torch.float32, room: int = GRAPH_ROOM):
+        self.generator, self.dtype, self.room = generator, dtype, room
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The generator's parameters under their released names."""
@@ -49,6 +54,11 @@ class GeneratorTrainable:
             if len({condition.shape for condition in conditions}) == 1:
                 return self.generator(torch.stack(conditions))
             return concatenate([self.generator(condition.unsqueeze(0)) for condition in conditions])
+
+    def graphs_at_once(self, samples: Sequence[Sample]) -> int:
+        longest = max(sample.condition.shape[0] for sample in samples)
+        each = graph_bytes(self.generator.config, longest, self.dtype, self.generator.checkpoint_blocks)
+        return max(1, self.room // each)
 
 
 class SharedLora(nn.Module):
@@ -70,6 +80,9 @@ class SharedLora(nn.Module):
         """The factors, numbered in token order."""
         return dict(super().named_parameters(*args, **kwargs))
 
+    def graphs_at_once(self, samples: Sequence[Sample]) -> None:
+        """None: the factors are the parameters."""
+
     def lora(self, samples: Sequence[Sample] = ()) -> InstanceLora:
         """One instance for all samples."""
         pairs = zip(self.downs, self.ups, strict=True)
@@ -90,6 +103,9 @@ class FullFineTuning:
     def lora(self, samples: Sequence[Sample]) -> None:
         """None: nothing stands beside the base."""
 
+    def graphs_at_once(self, samples: Sequence[Sample]) -> None:
+        """None: there is no graph beside the base's."""
+
 
 def concatenate(loras: Sequence[InstanceLora]) -> InstanceLora:
     """The instances of several LoRAs of the same targets as one batch."""
@@ -101,8 +117,14 @@ def concatenate(loras: Sequence[InstanceLora]) -> InstanceLora:
 
 
 def leaves(lora: InstanceLora) -> InstanceLora:
-    """The same LoRA cut off from its graph, ready to collect gradients of its own."""
-    return lora.map(lambda pair: LoraFactor(*(factor.detach().requires_grad_() for factor in pair)))
+    """The same LoRA cut off from its graph, ready to collect gradients of its own, in at least float32: they are sums over
+    micro-batches.
+    """
+
+    def leaf(factor: Tensor) -> Tensor:
+        return factor.detach().to(torch.promote_types(factor.dtype, torch.float32)).requires_grad_()
+
+    return lora.map(lambda pair: LoraFactor(*map(leaf, pair)))
 
 
 def instances(lora: InstanceLora, part: slice) -> InstanceLora:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..errors import HywuError
 from ..lora import InstanceLora
-from .data import Draw, SampleSource, batch_of
-from .weight_space import WeightSpace
+from .data import Draw, Sample, SampleSource, batch_of
 from .options import TrainConfig
 from .state import load_state, save_state
-from .trainable import Trainable, diversity_loss, instances, leaves
+from .trainable import Trainable, concatenate, diversity_loss, instances, leaves
+from .weight_space import WeightSpace
 
 
 class TrainingError(HywuError):
@@ -213,30 +213,53 @@ class Trainer:
         return found.tolist()
 
     def _backward(self, draws: list[Draw]) -> Tensor:
-        """Stage one: the base, micro-batch by micro-batch, leaves gradients on the factors alone. Stage two: one backward
-        pass from the factors through whatever wrote them. The sum of both is the gradient of the single graph.
+        """The losses (B,); gradients are left on the parameters, the same as those of a single graph.
+
+        Where the graphs of all samples are too large to stay while the base is run, micro-batch by micro-batch, unless samples
+        are compared with each other: what does not need to be there at the same time is not.
         """
-        lora = self.trainable.lora([draw.sample for draw in draws])
+        at_once = self.trainable.graphs_at_once([draw.sample for draw in draws])
+        stay = at_once is None or at_once >= len(draws)
+        size = self.config.micro_batch or len(draws)
+        group = len(draws) if stay or self.config.diversity else size
+        groups = [draws[start : start + group] for start in range(0, len(draws), group)]
+        return torch.cat([self._stages(some, size, len(draws), None if stay else at_once) for some in groups])
+
+    def _stages(self, draws: list[Draw], size: int, total: int, at_once: int | None) -> Tensor:
+        """The LoRA; then the base, `size` samples at a time, which leaves gradients on its factors alone; then from the
+        factors through whatever wrote them. With `at_once`, the LoRA is written without a graph, and once more for the last
+        stage, so many samples at a time.
+        """
+        samples = [draw.sample for draw in draws]
+        lora = self.trainable.lora(samples) if at_once is None else self.lora(samples)
         leaf = None if lora is None else leaves(lora)
-        size, losses = self.config.micro_batch or len(draws), []
+        losses = []
         for start in range(0, len(draws), size):
             self.between()
             part = slice(start, start + size)
             found = self.objective.backward(
-                None if leaf is None else instances(leaf, part), draws[part], self.config.diffusion / len(draws)
+                None if leaf is None else instances(leaf, part), draws[part], self.config.diffusion / total
             )
             self._check(found, draws[part])
             losses.append(found)
         if leaf is not None:
             if self.config.diversity:
                 (self.config.diversity * diversity_loss(leaf)).backward()
-            both = zip(lora.pairs, leaf.pairs, strict=True)
-            pairs = [(written, met.grad) for ours, theirs in both for written, met in zip(ours, theirs, strict=True)]
-            reached = [
-                (written, gradient) for written, gradient in pairs if gradient is not None
-            ]  # a base may not use all
-            torch.autograd.backward(*zip(*reached, strict=True))
+            if at_once is None:
+                _through(lora, leaf, slice(None))
+            else:
+                for start in range(0, len(samples), at_once):
+                    self.between()
+                    part = slice(start, start + at_once)
+                    _through(self.trainable.lora(samples[part]), leaf, part)
         return torch.cat(losses)
+
+    def lora(self, samples: Sequence[Sample]) -> InstanceLora | None:
+        """The samples' LoRA without a graph, in as little memory as the trainable asks for."""
+        with torch.no_grad():
+            at_once = self.trainable.graphs_at_once(samples) or len(samples)
+            parts = [self.trainable.lora(samples[start : start + at_once]) for start in range(0, len(samples), at_once)]
+            return parts[0] if len(parts) == 1 else concatenate(parts)
 
     def _check(self, losses: Tensor, draws: Sequence[Draw]) -> None:
         for loss, draw in zip(losses.tolist(), draws, strict=True):
@@ -245,3 +268,14 @@ class Trainer:
                     f"The loss is {loss} in step {self.done}, sample {draw.sample.key or 'without a name'!r}. The "
                     "parameters are as after the step before. Look at that sample, or lower the learning rate."
                 )
+
+
+def _through(lora: InstanceLora, leaf: InstanceLora, part: slice) -> None:
+    """One backward pass from the factors of some samples, whose gradients the leaves have, through what wrote them."""
+    written = [factor for pair in lora.pairs for factor in pair]
+    met = [factor.grad for pair in leaf.pairs for factor in pair]
+    # a base may not use all
+    reached = [
+        (w, gradient[part].to(w.dtype)) for w, gradient in zip(written, met, strict=True) if gradient is not None
+    ]
+    torch.autograd.backward(*zip(*reached, strict=True))

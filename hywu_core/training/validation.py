@@ -27,7 +27,7 @@ def validation_loss(
         for start in range(first, last, size):
             trainer.between()
             draws = batch_of(held_out, seed, 0, count, slice(start, min(start + size, last)))
-            lora = None if base_alone else trainer.trainable.lora([draw.sample for draw in draws])
+            lora = None if base_alone else trainer.lora([draw.sample for draw in draws])
             total += trainer.objective.evaluate(lora, draws).double().sum()
     communication.average([total])  # a mean of sums: times the processes it is the sum
     return float(total) * communication.processes / count

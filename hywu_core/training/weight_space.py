@@ -155,12 +155,16 @@ class WeightSpace:
             samples.append(lesson.samples[int(torch.randint(len(lesson.samples), (), generator=source))])
         if not samples:
             return 0.0
-        written = trainable.lora(samples)
-        with torch.no_grad():
-            wanted = lesson.teacher.lora(samples).to(written.pairs[0].down.device)
-        distance = weight_distance(written, wanted).sum() * processes / lesson.batch
-        (weight * distance).backward()
-        return float(distance.detach())
+        at_once, total = trainable.graphs_at_once(samples) or len(samples), 0.0
+        for start in range(0, len(samples), at_once):
+            part = samples[start : start + at_once]
+            written = trainable.lora(part)
+            with torch.no_grad():
+                wanted = lesson.teacher.lora(part).to(written.pairs[0].down.device)
+            distance = weight_distance(written, wanted).sum() * processes / lesson.batch
+            (weight * distance).backward()
+            total += float(distance.detach())
+        return total
 
 
 def _check(written: InstanceLora, wanted: InstanceLora) -> None:

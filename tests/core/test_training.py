@@ -21,8 +21,9 @@ from hywu_core.training import (
     TrainingError,
 )
 from hywu_core.training.data import batch_of
+from hywu_core.training.memory import graph_bytes
 from hywu_core.training.state import StateError
-from hywu_core.training.trainable import diversity_loss
+from hywu_core.training.trainable import diversity_loss, leaves
 
 
 def tiny_config(**changes):
@@ -107,6 +108,45 @@ def test_two_stage_backward_is_the_single_graph():
     (run.objective.losses(run.trainable.lora([draw.sample for draw in run.draws()]), run.draws()).mean()).backward()
     for name, parameter in run.parameters.items():
         torch.testing.assert_close(two_stage[name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+def stages(room, **changes):
+    """(losses, gradients) of one step in float64, with so many bytes for graphs."""
+    generator = Generator(tiny_config(), dtype=torch.float64).initialize()
+    source = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        head = generator.model.proj_out_B.weight
+        head.copy_(torch.randn(head.shape, generator=source, dtype=torch.float64) * 0.1)
+    written = GeneratorTrainable(generator, torch.float64, room)
+    run = Trainer(written, Quadratic(), Pairs(), TrainConfig(**{"batch": 5, "steps": 1} | changes))
+    losses = run._backward(run.draws())
+    return losses, {name: parameter.grad for name, parameter in run.parameters.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 2}, {"diversity": 0.5}, {"diversity": 0.5, "micro_batch": 2}])
+def test_three_stages_give_the_gradients_of_the_single_graph(changes):
+    losses, expected = stages(room=1 << 40, **changes | {"micro_batch": 0})
+    for room in (0, 2 * graph_bytes(tiny_config(), 5, torch.float64, False)):
+        found_losses, found = stages(room=room, **changes)
+        torch.testing.assert_close(found_losses, losses, rtol=1e-12, atol=0)
+        for name, gradient in expected.items():
+            assert float((found[name] - gradient).norm()) <= 1e-6 * float(gradient.norm()), name
+
+
+def test_no_more_graphs_are_there_at_a_time_than_there_is_room_for():
+    generator, alive = Generator(tiny_config()).initialize(), []
+    generator.register_forward_hook(
+        lambda module, inputs, output: alive.append((torch.is_grad_enabled(), len(inputs[0])))
+    )
+    room = 2 * graph_bytes(tiny_config(), 5, torch.float32, False)
+    run = Trainer(GeneratorTrainable(generator, room=room), Quadratic(), Pairs(), TrainConfig(batch=5))
+    run._backward(run.draws())
+    assert alive == [(False, 2), (False, 2), (False, 1), (True, 2), (True, 2), (True, 1)]
+
+
+def test_factors_in_half_precision_collect_their_gradients_in_float32():
+    lora = random_batch(2).map(lambda pair: type(pair)(*(factor.bfloat16() for factor in pair)))
+    assert {factor.dtype for pair in leaves(lora).pairs for factor in pair} == {torch.float32}
 
 
 def test_micro_batches_change_nothing():

@@ -115,7 +115,9 @@ def test_weights_that_are_remembered_are_others_by_then(streaming, expected, mon
     monkeypatch.setattr(objective, "frozen", lambda patcher: nullcontext())
     losses, found = gradients(streaming())
     torch.testing.assert_close(losses, expected[0], rtol=1e-4, atol=1e-5)
-    assert any(not torch.allclose(one, other, rtol=0.1, atol=1e-4) for one, other in zip(found, expected[1], strict=True))
+    assert any(
+        not torch.allclose(one, other, rtol=0.1, atol=1e-4) for one, other in zip(found, expected[1], strict=True)
+    )
 
 
 @pytest.mark.parametrize("stack", [None, "all"])

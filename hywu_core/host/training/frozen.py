@@ -54,7 +54,7 @@ def refuse_untrainable(base: Any) -> None:
             narrow = not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2
             if isinstance(parameter.data, QuantizedTensor) or (narrow and not _is_cast(module)):
                 raise MatchError(
-                    f"{path}.{name} is quantised ({parameter.dtype}) and not a linear layer of the host, so no gradient passes "
+                    f"{path}.{name} is quantised ({parameter.dtype}) but no linear layer of the host, so no gradient passes "
                     "through it. Train on another version of this base; the generator can then be used with this one."
                 )
 

@@ -181,8 +181,8 @@ def check_teacher(teacher: GeneratorHandle, pupil: GeneratorConfig) -> None:
         apart = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         raise MatchError(
             f"{teacher.name} cannot teach this generator: they write for other weights, such as {apart[0]} "
-            f"({theirs.get(apart[0], 'none')} and {ours.get(apart[0], 'none')}; {len(apart)} differ). Both must be made for the same "
-            "base and the same targets; only size and rank may differ."
+            f"({theirs.get(apart[0], 'none')} and {ours.get(apart[0], 'none')}; {len(apart)} differ). Both must be made for "
+            "the same base and the same targets; only size and rank may differ."
         )
     parts = [config.hywu.get("condition", config.input_dim) for config in (pupil, teacher.config)]
     if parts[0] != parts[1]:

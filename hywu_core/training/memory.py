@@ -1,0 +1,22 @@
+"""What the graph of a generator takes while it is trained."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import GeneratorConfig
+from ..plan import USUAL_CHUNK, positions
+
+GRAPH_ROOM = 2**30  # bytes that graphs may take beside the base's before samples are taken one after the other
+# grids of d elements a position that are remembered, measured
+OF_A_BLOCK, OF_THE_ENDS, OF_A_BLOCK_AGAIN = 31, 10, 6
+
+
+def graph_bytes(config: GeneratorConfig, length: int, dtype: torch.dtype, recomputed: bool) -> int:
+    """Of one sample, with a condition of that length; `recomputed`: blocks are computed again in the backward pass."""
+    rows = positions(config).all + length
+    grid = rows * config.d_model * dtype.itemsize
+    if not recomputed:
+        return (OF_A_BLOCK * config.num_pg_layers + OF_THE_ENDS) * grid
+    whole = OF_A_BLOCK * grid
+    return (config.num_pg_layers + OF_THE_ENDS) * grid + min(whole, OF_A_BLOCK_AGAIN * grid + USUAL_CHUNK)
