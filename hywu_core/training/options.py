@@ -206,12 +206,16 @@ class RunConfig:
     def _check_lessons(self) -> None:
         training = self.training
         if training.memory and not (self.teacher or (self.generator and not self.generator.endswith(".json"))):
-            raise ConfigError("memory needs a teacher: a trained generator to go on from (generator), or another (teacher).")
+            raise ConfigError(
+                "memory needs a teacher: a trained generator to go on from (generator), or another (teacher)."
+            )
         if not training.memory and (self.teacher or self.old_instructions):
             name = "teacher" if self.teacher else "old_instructions"
             raise ConfigError(f"{name} has no effect without memory, which is its weight. Give one, such as 1.")
         if bool(training.loras) != bool(self.lora_files):
-            raise ConfigError("lora_files (a folder) and loras (the weight of what is learned from it) need each other.")
+            raise ConfigError(
+                "lora_files (a folder) and loras (the weight of what is learned from it) need each other."
+            )
 
     def _without_effect(self) -> dict[str, tuple[str, ...]]:
         """{why: the options that would be dropped}."""

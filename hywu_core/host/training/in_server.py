@@ -28,7 +28,7 @@ from ..memory import GeneratorHandle
 from ..new_generator import check_fits
 from . import teach
 from .frozen import refuse_untrainable
-from .lessons import LessonError
+from .lessons import Encoding, HostLesson, LessonError, Picture, ask, remembering
 from .pairs_of_lists import HostPairs, host_pairs
 from .previews import contact_sheet
 from .session import Front, Progress, Session, Task
@@ -61,6 +61,7 @@ def train_on_lists(
     held_out: int = 0,
     vae: Any = None,
     instructions: Sequence[str] = (),
+    remember: Remember | None = None,
 ) -> Result:
     """Train a copy of a generator to the end of its schedule, going on where a run of the same name stopped.
 
@@ -70,6 +71,7 @@ def train_on_lists(
         held_out: pairs that are not trained on.
         vae: for pictures of validation pairs.
         instructions: those of the pairs, for the generator's file.
+        remember: what to stay with, where `config` gives it a weight.
     Raises:
         PairError, ConditionError: see `host_pairs`. MatchError: if generator and model do not fit, or the model cannot be
             trained on. TrainingError: for a loss that is not finite, or a name that belongs to another run.
@@ -82,9 +84,9 @@ def train_on_lists(
         pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
         identity = {**pairs.identity(), "held_out": held_out}
         training, shown = pairs.split(held_out) if held_out else (pairs, pairs)
-        task = Task(
-            model, handle, training, shown if held_out else None, identity, {"run": name}, as_kept(instructions)
-        )
+        lessons, kept = _lessons(model, handle, training, config, options, remember)
+        texts = (*kept, *as_kept(instructions))
+        task = Task(model, handle, training, shown if held_out else None, identity, {"run": name}, texts, lessons)
         front = ServerFront(folder, name, config.steps, shown, vae)
         session = Session(task, config, options, folder, front)
         try:
@@ -93,6 +95,38 @@ def train_on_lists(
             return Result(session.result(name), {"loss": session.losses}, session.trainer.done)
         finally:
             session.release()
+
+
+class Remember(NamedTuple):
+    """What a run is to stay with while it learns other pairs."""
+
+    clip: Any = None  # the host's CLIP, for the old instructions
+    old_instructions: Sequence[str] = ()  # by default those that the teacher's file names
+    teacher: GeneratorHandle | None = None  # by default the generator that is trained further
+
+
+def _lessons(
+    model: comfy.model_patcher.ModelPatcher,
+    handle: GeneratorHandle,
+    pairs: HostPairs,
+    config: TrainConfig,
+    options: SessionOptions,
+    remember: Remember | None,
+) -> tuple[tuple[HostLesson, ...], tuple[str, ...]]:
+    """A memory on the sources of pairs, if it has a weight; and its instructions."""
+    remember = remember or Remember()
+    old = as_kept(remember.old_instructions)
+    if not config.memory:
+        if remember.clip is not None or old or remember.teacher:
+            raise LessonError("clip, old_instructions and teacher have no effect with a memory of 0. Give it a weight.")
+        return (), ()
+    if remember.clip is None:
+        raise LessonError("memory asks old instructions, so it needs the base's text encoder. Wire clip.")
+    teacher = remember.teacher or handle
+    texts = teach.old_instructions(teacher, old)
+    sources = [Picture(latent) for latent in pairs.sources(teach.ASKED_ABOUT)]
+    asked = ask(texts, sources, Encoding(remember.clip, model), handle.config, progress=_interruptible)
+    return (remembering(teacher, handle.config, asked, config, options.precision),), texts
 
 
 def teach_on_server(

@@ -14,8 +14,8 @@ from ...config import GeneratorConfig
 from ...errors import HywuError, MatchError
 from ...layout import full_name, targets
 from ...training import GeneratorTrainable, Sample, TrainConfig
-from ...training.weight_space import Lesson, Likeness, Teacher, likeness
 from ...training.options import PRECISIONS
+from ...training.weight_space import Lesson, Likeness, Teacher, likeness
 from .. import memory
 from ..conditions import from_host
 from ..memory import GeneratorHandle

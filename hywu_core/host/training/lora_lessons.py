@@ -1,7 +1,7 @@
 """LoRA files as lessons: a folder of them with their instructions, brought onto the weights that a generator writes.
 
-An instruction stands in a list of the folder (loras.jsonl or loras.csv with the columns file and instruction; a file may stand
-there several times, in other words), in a text file beside the LoRA, or in its metadata under "instruction".
+An instruction stands in a list of the folder (loras.jsonl or loras.csv with the columns file and instruction; a file may
+stand there several times, in other words), in a text file beside the LoRA, or in its metadata under "instruction".
 """
 
 from __future__ import annotations

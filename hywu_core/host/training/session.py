@@ -36,10 +36,10 @@ from ...training import (
 )
 from ...training.data import batch_of
 from ...training.log import STATE
-from ...training.weight_space import WeightSpace
 from ...training.options import PRECISIONS
 from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss
+from ...training.weight_space import WeightSpace
 from .. import memory
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
