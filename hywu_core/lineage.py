@@ -47,17 +47,20 @@ def instructions(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(found[place * len(found) // INSTRUCTIONS] for place in range(INSTRUCTIONS))
 
 
-def continued(hywu: Mapping[str, Any], step: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+def continued(
+    hywu: Mapping[str, Any], step: Mapping[str, Any], texts: Sequence[str], known: Sequence[str] = ()
+) -> dict[str, Any]:
     """The `hywu` part of a generator after a step of its life.
 
     Args:
         step: its kind, and what else is to be said of it.
         texts: the instructions that it was trained on in this step.
+        known: others, that its file may not name yet.
     """
-    known = instructions([*hywu.get("instructions", ()), *texts])
+    listed = instructions([*hywu.get("instructions", ()), *known, *texts])
     named = {"instructions": len(texts), "named": list(texts[:NAMED])} if texts else {}
     past = [*hywu.get("lineage", ()), {**step, **named}][-STEPS:]
-    return {**hywu, **({"instructions": list(known)} if known else {}), "lineage": past}
+    return {**hywu, **({"instructions": list(listed)} if listed else {}), "lineage": past}
 
 
 def _small(step: dict) -> bool:

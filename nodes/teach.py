@@ -231,6 +231,10 @@ class HYWULearnFromLoRAs(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, folder, **_inputs):
+        return in_server.modified(folder[0])
+
+    @classmethod
     def execute(
         cls,
         model,

@@ -194,8 +194,9 @@ def _prepare(
         sources = pairs.sources(handle.config)
         provenance = {"regime": run.regime, "data": pairs.origin, "base": base.name}
         identity = {**pairs.identity, **run.identity()}
-        lessons, texts = _lessons(run, base, pairs, handle)
-        task = Task(base.model, handle, *sources, identity, provenance, (*pairs.instructions, *texts), lessons)
+        lessons, known, learned = _lessons(run, base, pairs, handle)
+        texts = (*(pairs.instructions if run.training.diffusion else ()), *learned)
+        task = Task(base.model, handle, *sources, identity, provenance, texts, known, lessons)
         return Session(task, run.training, run.session(), Path(run.output), front, communication)
 
     base, pairs = _together(communication, read)
@@ -205,26 +206,24 @@ def _prepare(
 
 def _lessons(
     run: RunConfig, base: Base, pairs: Pairs, handle: GeneratorHandle
-) -> tuple[tuple[HostLesson, ...], tuple[str, ...]]:
-    """The lessons in weight space that a run asks for, and the instructions that they add to what the generator knows."""
+) -> tuple[tuple[HostLesson, ...], tuple[str, ...], tuple[str, ...]]:
+    """The lessons in weight space that a run asks for, the instructions of its memory, and those of LoRA files."""
     config = run.training
     if not (config.memory or config.loras):
-        return (), ()
+        return (), (), ()
     pictures = pairs.pictures(ASKED_ABOUT)
     encoding = Encoding(base.encoders().clip, base.model, run.text_sees_source)
-    lessons, added = [], ()
+    lessons, known, learned = [], (), ()
     if config.memory:
         teacher = memory.load(Path(run.teacher)) if run.teacher else handle
         given = read_lines(Path(run.old_instructions)) if run.old_instructions else ()
-        texts = as_kept(given) or as_kept(teacher.config.hywu.get("instructions", ())) or pairs.instructions
-        asked = ask(texts, pictures, encoding, handle.config)
+        known = as_kept(given) or as_kept(teacher.config.hywu.get("instructions", ())) or pairs.instructions
+        asked = ask(known, pictures, encoding, handle.config)
         lessons.append(remembering(teacher, handle.config, asked, config, run.dtype))
-        added = texts
     if config.loras:
-        lesson, texts = lora_lesson(base.model, handle, Path(run.lora_files), pictures, encoding, config)
+        lesson, learned = lora_lesson(base.model, handle, Path(run.lora_files), pictures, encoding, config)
         lessons.append(lesson)
-        added = (*added, *texts)
-    return tuple(lessons), added
+    return tuple(lessons), known, learned
 
 
 def _read(run: RunConfig) -> tuple[list[Pair], list[Pair]]:

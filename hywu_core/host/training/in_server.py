@@ -85,8 +85,8 @@ def train_on_lists(
         identity = {**pairs.identity(), "held_out": held_out}
         training, shown = pairs.split(held_out) if held_out else (pairs, pairs)
         lessons, kept = _lessons(model, handle, training, config, options, remember)
-        texts = (*kept, *as_kept(instructions))
-        task = Task(model, handle, training, shown if held_out else None, identity, {"run": name}, texts, lessons)
+        texts = as_kept(instructions)
+        task = Task(model, handle, training, shown if held_out else None, identity, {"run": name}, texts, kept, lessons)
         front = ServerFront(folder, name, config.steps, shown, vae)
         session = Session(task, config, options, folder, front)
         try:
@@ -187,6 +187,11 @@ def lora_folder(name: str) -> Path:
         if path.is_relative_to(os.path.normpath(root)) and any(path.glob("*.safetensors")):
             return path
     raise LessonError(f"There is no folder {name!r} with LoRA files in {', '.join(roots)}.")
+
+
+def modified(name: str) -> float:
+    """When the newest file of a folder of LoRAs changed, so that it is learned from again."""
+    return max(path.stat().st_mtime for path in lora_folder(name).iterdir())
 
 
 def run_folder(name: str) -> Path:

@@ -67,6 +67,7 @@ class Task(NamedTuple):
     identity: dict[str, Any]  # digests of the pairs, and how they are read, as JSON holds them
     provenance: dict[str, Any]  # what else the trained generator's file says
     instructions: tuple[str, ...] = ()  # of the pairs, for the generator's file; as far as they are known as text
+    known: tuple[str, ...] = ()  # instructions that it knew before, which its file may not name
     lessons: tuple[HostLesson, ...] = ()
     kind: str = "trained"  # of this step of the generator's life
 
@@ -287,7 +288,7 @@ class Session:
         }
         hywu = {**self.task.handle.config.hywu, "training": asdict(config) | self.task.provenance | about}
         step = {"kind": self.task.kind, "from": self.task.handle.fingerprint, "begun": self.begun, **self._learned()}
-        return continued(hywu, step, self.task.instructions)
+        return continued(hywu, step, self.task.instructions, self.task.known)
 
     def _learned(self) -> dict[str, Any]:
         """What a step of the generator's life says of its data."""

@@ -125,8 +125,19 @@ def prepare_teaching(
     asked = ask(texts, about, studio.encoding(), handle.config, progress=progress)
     lesson = remembering(handle, handle.config, asked, config, options.precision)
     provenance = {"regime": TOLD if told else BLIND}
-    task = Task(studio.model, handle, pairs, None, {**pairs.identity(), "regime": provenance["regime"]}, provenance,
-                wordings, (lesson,), "taught")  # fmt: skip
+    identity = {**pairs.identity(), **provenance}
+    task = Task(
+        studio.model,
+        handle,
+        pairs,
+        None,
+        identity,
+        provenance,
+        instructions=wordings,
+        known=texts,
+        lessons=(lesson,),
+        kind="taught",
+    )
     return task, pairs
 
 
@@ -159,7 +170,9 @@ def prepare_learning(
         config,
         progress,
     )
-    return Task(studio.model, handle, None, None, {}, {}, texts, (lesson,), "learned from LoRAs")
+    return Task(
+        studio.model, handle, None, None, {}, {}, instructions=texts, lessons=(lesson,), kind="learned from LoRAs"
+    )
 
 
 def lora_lesson(
