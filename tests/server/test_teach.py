@@ -108,8 +108,12 @@ def test_taught_cancelled_resumed_saved_loaded_and_used(server, studio):
 
 def test_learned_from_a_lora_that_was_saved_here(server, studio):
     prompt = studio.quickstart()
-    condition = prompt[studio.node("HYWUGenerateLoRA")]["inputs"]["condition"]
-    prompt[condition[0]]["inputs"]["instruction"] = "brighten the picture"
+    generate = prompt[studio.node("HYWUGenerateLoRA")]["inputs"]
+    prompt["words"] = {
+        "class_type": "HYWUCondition",
+        "inputs": {"conditioning": [studio.node("ReferenceLatent"), 0], "instruction": "brighten the picture"},
+    }
+    generate["condition"] = ["words", 0]
     prompt["keep"] = {
         "class_type": "HYWUSaveLoRA",
         "inputs": {
@@ -122,7 +126,7 @@ def test_learned_from_a_lora_that_was_saved_here(server, studio):
     kept = server.run(prompt)
     assert kept.outcome == "execution_success", kept.messages[-1]
     run = server.run(graph("HYWULearnFromLoRAs", run_name="learned", folder="."))
-    assert run.outcome == "execution_success", run.messages[-1]
+    assert run.outcome == "execution_success", run.error
     assert "brighten the picture" in said(run, "teach")
 
 
