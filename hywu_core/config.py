@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from . import lineage
 from .errors import ConfigError
+from .files.text import parse_json
 
 GROUPED = "grouped"
+
+# Bounds far above any model that exists, so that a damaged number is an error and not an hour of work or all of the memory.
+MAX_WIDTH = 2**20  # features of any layer; the released generator writes for layers of 6,144
+MAX_BLOCKS = 128  # of the generator, and of its encoder; the released one has 24
+MAX_TARGETS = 2**17  # over all layers of the base; the released one has 224
+MAX_EXPERTS = 2**12  # the released one has 64
+MAX_RANK = 2**12  # the released one has 16
+MAX_ALPHA = 2.0**20  # the released one has 64
+MAX_ELEMENTS = 2**38  # of one LoRA; the released one has 722,993,152
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 @dataclass(frozen=True)
@@ -79,13 +92,7 @@ class GeneratorConfig:
     @classmethod
     def from_json(cls, text: str, where: str = "config") -> GeneratorConfig:
         """Parse the text of a `config.json`. The order of `pg_mapping` is kept."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{where}: not valid JSON ({error}).") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where}: expected a JSON object, found {type(values).__name__}.")
-        return cls.from_dict(values, where)
+        return cls.from_dict(parse_json(text, where, ConfigError), where)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a `config.json`, unknown ones included, `pg_mapping` in its order."""
@@ -97,18 +104,25 @@ class GeneratorConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     def _check_numbers(self) -> None:
-        names = [f.name for f in fields(self) if f.type == "int"]
-        for name in names:
-            _check_positive(name, getattr(self, name))
+        largest = {"num_pg_layers": MAX_BLOCKS, "num_base_model_layers": MAX_TARGETS, "rank": MAX_RANK}
+        for name in (f.name for f in fields(self) if f.type == "int"):
+            _check_positive(name, getattr(self, name), largest.get(name, MAX_WIDTH))
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not number or not 0 < self.alpha < math.inf:
-            raise ConfigError(f"alpha must be a positive number, found {self.alpha!r}.")
+        if not number or not 0 < self.alpha <= MAX_ALPHA:
+            raise ConfigError(
+                f"alpha must be a positive number, found {_shown(self.alpha)} (at most {MAX_ALPHA:,.0f})."
+            )
         if not isinstance(self.prefix, str):
-            raise ConfigError(f"prefix must be text, found {self.prefix!r}.")
+            raise ConfigError(f"prefix must be text, found {_shown(self.prefix)}.")
         if not isinstance(self.hywu, dict):
-            raise ConfigError(f"hywu must be an object, found {self.hywu!r}.")
-        if not isinstance(self.encoder_layers, int) or self.encoder_layers < 0:
-            raise ConfigError(f"hywu.encoder_layers must be a number of layers, found {self.encoder_layers!r}.")
+            raise ConfigError(f"hywu must be an object, found {_shown(self.hywu)}.")
+        if not isinstance(self.hywu.get("base"), str | None):
+            raise ConfigError(f"hywu.base must be the name of a base, found {_shown(self.hywu['base'])}.")
+        layers = self.encoder_layers
+        if not isinstance(layers, int) or isinstance(layers, bool) or not 0 <= layers <= MAX_BLOCKS:
+            raise ConfigError(
+                f"hywu.encoder_layers must be a number of layers from 0 to {MAX_BLOCKS}, found {_shown(layers)}."
+            )
 
     def _check_widths(self) -> None:
         if self.rank % self.dim_accumulation:
@@ -130,46 +144,77 @@ class GeneratorConfig:
     def _check_mapping(self) -> None:
         if not isinstance(self.pg_mapping, dict) or not self.pg_mapping:
             raise ConfigError("pg_mapping must name at least one target.")
+        # experts x (in + out) of every target of one layer
+        sizes: dict[str, int] = {}
         for name, entry in self.pg_mapping.items():
+            where = f"pg_mapping[{_shown(name)}]"
             if not isinstance(entry, dict):
-                raise ConfigError(f"pg_mapping[{name!r}] must be an object, found {entry!r}.")
+                raise ConfigError(f"{where} must be an object, found {_shown(entry)}.")
             kind = entry.get("type")
-            if kind is None:
-                _check_dims(f"pg_mapping[{name!r}]", entry)
-            elif kind == GROUPED:
-                self._check_group(name, entry)
-            else:
-                raise ConfigError(f'pg_mapping[{name!r}] has the unknown type {kind!r}; expected none or "{GROUPED}".')
-
-    def _check_group(self, name: str, entry: dict[str, Any]) -> None:
-        experts, parts = entry.get("num_experts"), entry.get("sub_weights")
-        _check_positive(f"pg_mapping[{name!r}].num_experts", experts)
-        if not isinstance(parts, dict) or not parts:
-            raise ConfigError(f"pg_mapping[{name!r}].sub_weights must name at least one weight.")
-        for part, dims in parts.items():
-            _check_dims(f"pg_mapping[{name!r}].sub_weights[{part!r}]", dims if isinstance(dims, dict) else {})
+            if kind not in (None, GROUPED):
+                raise ConfigError(f'{where} has the unknown type {_shown(kind)}; expected none or "{GROUPED}".')
+            for target, size in _sizes_of_group(name, entry, where) if kind else [(name, _check_dims(where, entry))]:
+                if target in sizes:
+                    raise ConfigError(f"{where}: the target {_shown(target)} is named twice.")
+                sizes[target] = size
+        if len(sizes) * self.num_base_model_layers > MAX_TARGETS:
+            raise ConfigError(
+                f"{len(sizes)} targets in each of {self.num_base_model_layers} layers are more than {MAX_TARGETS:,}."
+            )
+        elements = self.num_base_model_layers * self.rank * sum(sizes.values())
+        if elements > MAX_ELEMENTS:
+            raise ConfigError(f"Its LoRAs would have {elements:,} elements, more than {MAX_ELEMENTS:,}.")
 
     def _check_condition(self) -> None:
         if "condition" not in self.hywu:  # a released generator
             return
         parts = self.hywu["condition"]
         if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, dict) for part in parts):
-            raise ConfigError(f"hywu.condition must be a list of parts, each with kind and width, found {parts!r}.")
+            raise ConfigError(
+                f"hywu.condition must be a list of parts, each with kind and width, found {_shown(parts)}."
+            )
         kinds = [part.get("kind") for part in parts]
         if not all(isinstance(kind, str) for kind in kinds) or len(set(kinds)) < len(kinds):
-            raise ConfigError(f"hywu.condition must name each of its parts by a kind of its own, found {kinds!r}.")
+            raise ConfigError(
+                f"hywu.condition must name each of its parts by a kind of its own, found {_shown(kinds)}."
+            )
         for part in parts:
-            _check_positive(f"hywu.condition, the width of {part['kind']!r}", part.get("width"))
+            _check_positive(f"hywu.condition, the width of {_shown(part['kind'])}", part.get("width"), MAX_WIDTH)
+            if "patch" in part:
+                _check_positive(f"hywu.condition, the patch of {_shown(part['kind'])}", part["patch"], MAX_WIDTH)
         if sum(part["width"] for part in parts) != self.input_dim:
             widths = " + ".join(str(part["width"]) for part in parts)
             raise ConfigError(f"input_dim {self.input_dim} must be the sum of the condition's widths {widths}.")
 
 
-def _check_dims(where: str, entry: dict[str, Any]) -> None:
+def _sizes_of_group(name: str, entry: dict[str, Any], where: str) -> list[tuple[str, int]]:
+    experts, parts = entry.get("num_experts"), entry.get("sub_weights")
+    _check_positive(f"{where}.num_experts", experts, MAX_EXPERTS)
+    if not isinstance(parts, dict) or not parts:
+        raise ConfigError(f"{where}.sub_weights must name at least one weight.")
+    return [
+        (f"{name}.{part}", experts * _check_dims(f"{where}.sub_weights[{_shown(part)}]", dims))
+        for part, dims in parts.items()
+    ]
+
+
+def _check_dims(where: str, entry: Any) -> int:
+    """The elements of both factors for each of the rank."""
+    dims = entry if isinstance(entry, dict) else {}
     for key in ("lora_A_dim", "lora_B_dim"):
-        _check_positive(f"{where}.{key}", entry.get(key))
+        _check_positive(f"{where}.{key}", dims.get(key), MAX_WIDTH)
+    return dims["lora_A_dim"] + dims["lora_B_dim"]
 
 
-def _check_positive(where: str, value: Any) -> None:
+def _check_positive(where: str, value: Any, largest: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{where} must be a positive integer, found {value!r}.")
+        raise ConfigError(f"{where} must be a positive integer, found {_shown(value)}.")
+    if value > largest:
+        raise ConfigError(f"{where} must be at most {largest:,}, found {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    """A bad value as far as an error can show it. The longest whole numbers cannot be printed at all."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a far larger number"
+    return _SHORT.repr(value)

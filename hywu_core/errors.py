@@ -1,8 +1,14 @@
 """Errors a user can cause. Each message says what is wrong, where, what was expected and what to do."""
 
+LONGEST = 3000  # characters of a message; files can hold names of any length, and messages name them
+
 
 class HywuError(ValueError):
     """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        text, half = super().__str__(), LONGEST // 2
+        return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
 
 
 class ConfigError(HywuError):

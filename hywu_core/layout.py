@@ -182,18 +182,6 @@ def place(name: str, out_features: int, grouped: bool = False) -> Placement:
     return Placement(name)
 
 
-FOREIGN_BANKS = {
-    "gate_and_up_proj": "experts_gate_up_proj",
-    "down_proj": "experts_down_proj",
-}  # below experts: beside them
-
-
-def beside_the_router(path: str) -> str:
-    """Where another node pack keeps a bank of experts that we keep below `experts`; the same path if it is no bank."""
-    mixture, _, bank = path.rpartition(".experts.")
-    return f"{mixture}.{FOREIGN_BANKS[bank]}" if bank in FOREIGN_BANKS else path
-
-
 def _expand(config: GeneratorConfig) -> Iterator[Target]:
     for name, entry in config.pg_mapping.items():
         if entry.get("type") == GROUPED:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from ..hywu_core.bases.hunyuan_image3 import model_folder
 from ..hywu_core.host import folders
 from . import compare, generate, hunyuan_image3, lora, pocket, teach, train
 
@@ -15,4 +16,5 @@ class HYWUExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     folders.register()
+    model_folder.register()
     return HYWUExtension()

@@ -62,7 +62,8 @@ class HYWUInspectLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora):
-        return io.NodeOutput(*charts.norms_by_layer(lora))
+        image, table = charts.norms_by_layer(lora)
+        return io.NodeOutput(image, table + store.beside_the_pairs([lora]))
 
 
 class HYWUCompareLoRAs(io.ComfyNode):
@@ -84,7 +85,8 @@ class HYWUCompareLoRAs(io.ComfyNode):
 
     @classmethod
     def execute(cls, loras: io.Autogrow.Type):
-        return io.NodeOutput(*charts.cosines_of(list(loras.values())))
+        image, table = charts.cosines_of(list(loras.values()))
+        return io.NodeOutput(image, table + store.beside_the_pairs(list(loras.values())))
 
 
 NODES = [HYWUBlendLoRAs, HYWUInspectLoRA, HYWUCompareLoRAs]

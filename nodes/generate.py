@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..hywu_core.condition import Condition as ConditionValue
-from ..hywu_core.files.lora_files import to_state_dict
 from ..hywu_core.host import conditions, folders, memory
+from ..hywu_core.host.lora import store
 from .types import Condition, Generator, Lora
 
 
@@ -110,7 +110,9 @@ class HYWUGenerateLoRA(io.ComfyNode):
             outputs=[
                 Lora.Output("lora", tooltip="The generated LoRA, for Apply Generated LoRA and Save Instance LoRA."),
                 io.LoraModel.Output(
-                    "lora_model", tooltip="The same LoRA for ComfyUI's own nodes; the first one of a batch."
+                    "lora_model",
+                    tooltip="The same LoRA for ComfyUI's own nodes; the first one of a batch. They have no key for banks of "
+                    "experts: of HunyuanImage-3 only the other targets act there.",
                 ),
             ],
         )
@@ -120,7 +122,7 @@ class HYWUGenerateLoRA(io.ComfyNode):
         if not isinstance(condition, ConditionValue):
             condition = conditions.from_host(condition)
         lora = memory.generate(generator, condition)
-        return io.NodeOutput(lora, to_state_dict(lora.select(0)))
+        return io.NodeOutput(lora, store.for_the_host(lora))
 
 
 NODES = [HYWULoadGenerator, HYWUCondition, HYWUGenerateLoRA]

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..hywu_core.bases import hunyuan_image3 as hi3
+from ..hywu_core.bases.hunyuan_image3 import model_folder
 from ..hywu_core.host import folders, memory, streaming
 from .types import Condition, Encoder
 
@@ -38,7 +39,7 @@ class HYWULoadHunyuanImage3(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=folders.base_names(),
+                    options=model_folder.names(),
                     tooltip="A folder in models/hunyuan_image3 with config.json, tokenizer.json, system_prompt.py and the "
                     ".safetensors files.",
                 ),
@@ -59,11 +60,11 @@ class HYWULoadHunyuanImage3(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, weight_dtype):
-        return folders.modified(folders.base_path(folder))
+        return folders.modified(model_folder.path(folder))
 
     @classmethod
     def execute(cls, folder, weight_dtype):
-        return io.NodeOutput(*hi3.load(folders.base_path(folder), memory.WEIGHT_DTYPES[weight_dtype]))
+        return io.NodeOutput(*hi3.load(model_folder.path(folder), memory.WEIGHT_DTYPES[weight_dtype]))
 
 
 class HYWUHunyuanImage3Edit(io.ComfyNode):

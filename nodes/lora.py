@@ -1,6 +1,6 @@
 """Apply, save and load generated LoRAs."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..hywu_core.host.lora import apply, store
 from .types import Lora
@@ -32,7 +32,8 @@ class HYWUApplyLoRA(io.ComfyNode):
                     default="auto",
                     tooltip="bypass adds the LoRA beside the layers: exact on quantised and offloaded models, nothing is "
                     "rewritten. merge writes it into the weights: for torch.compile and for saving merged models. auto is "
-                    "bypass unless the model is compiled.",
+                    "bypass, and merge where that cannot do it: on a compiled model, and for what of a LoRA cannot stand "
+                    "beside a layer.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -61,8 +62,8 @@ class HYWUApplyLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
         lora = store.as_instance_lora(lora)
-        patched, _ = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
-        return io.NodeOutput(patched)
+        patched, matches = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
+        return io.NodeOutput(patched, ui=ui.PreviewText(f"{matches} ({matches.how or mode})"))
 
 
 class HYWUSaveLoRA(io.ComfyNode):
@@ -86,7 +87,8 @@ class HYWUSaveLoRA(io.ComfyNode):
                     "format",
                     options=["stock", "peft"],
                     default="stock",
-                    tooltip="stock: for ComfyUI. peft: for PEFT and diffusers, the scale folded into the weights.",
+                    tooltip="stock: a file for ComfyUI. peft: a folder for PEFT, and for diffusers where that names "
+                    "the modules as ComfyUI does.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -102,7 +104,8 @@ class HYWUSaveLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora, filename_prefix, format, dtype):
         path = store.save_to_output(lora, filename_prefix, format, store.SAVE_DTYPES[dtype])
-        return io.NodeOutput(str(path), ui={"text": (str(path),)})
+        text = "\n".join(filter(None, (str(path), store.remarks(lora, format))))
+        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
 
 class HYWULoadLoRA(io.ComfyNode):
@@ -114,18 +117,24 @@ class HYWULoadLoRA(io.ComfyNode):
             category="HY-WU",
             description="Loads a saved LoRA, generated here or made by another tool, with its metadata.",
             inputs=[
-                io.Combo.Input("lora", options=store.names(), tooltip="A LoRA file in models/loras or output/loras.")
+                io.Combo.Input("lora", options=store.names(), tooltip="A LoRA file in models/loras or output/loras."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The base of the LoRA. With it, targets that another tool has named get the base's own names, so "
+                    "that LoRAs of several tools can be blended, compared and saved together.",
+                ),
             ],
             outputs=[Lora.Output("lora", tooltip="For Apply Generated LoRA, Blend, Inspect and Compare.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora):
+    def fingerprint_inputs(cls, lora, model=None):
         return store.modified(lora)
 
     @classmethod
-    def execute(cls, lora):
-        return io.NodeOutput(store.load(lora))
+    def execute(cls, lora, model=None):
+        return io.NodeOutput(store.load(lora, model))
 
 
 NODES = [HYWUApplyLoRA, HYWUSaveLoRA, HYWULoadLoRA]

@@ -149,7 +149,9 @@ class HYWUTrainGenerator(io.ComfyNode):
             "the same name; state, log, validation pictures and the generator as it is are in output/hywu/<run name>.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The base, frozen. Not a quantised one: no gradient passes through its weights."
+                    "model",
+                    tooltip="The base, frozen. It may be quantised (fp8, int8, nvfp4, mxfp8); its weights are then taken as "
+                    "they are. LoRAs on it act.",
                 ),
                 *_pair_inputs(),
                 Generator.Input(

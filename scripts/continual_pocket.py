@@ -14,7 +14,7 @@ from pathlib import Path
 
 from in_host import ROOT, enter_host, hurry
 
-from hywu_core.files.safetensors import atomic_write
+from hywu_core.files.atomic import atomic_write
 
 RESULTS = ROOT / "results" / "continual.json"
 WAYS = ("plain", "memory 0.05", "memory 0.5", "memory 1", "memory 2")

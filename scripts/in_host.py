@@ -11,6 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("hywu_core") is None:  # in a user's own Python; last, so that our nodes/ hides nobody's
     sys.path.append(str(ROOT))
 
+for stream in (
+    sys.stdout,
+    sys.stderr,
+):  # a console without a character of somebody's file name must not end hours of work
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
 
 def enter_host(host: Path | None = None, cpu: bool = True) -> None:
     """Put the host on the path and have it parse arguments, before anything asks it for a device.

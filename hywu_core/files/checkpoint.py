@@ -9,7 +9,9 @@ Three forms are read:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +19,20 @@ import torch
 from torch import Tensor
 
 from ..config import GeneratorConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SaveError
 from ..generator import Generator
+from .atomic import atomic_write
+from .names import check_path
 from .quantised import MARK, SCALE, kind_of, plain, quantised, quantised_layers
-from .safetensors import atomic_write, open_safetensors, write_safetensors
-from .shards import DTYPES, WEIGHTS_FILE, Header, folder_shards, main_dtype, read_headers, some
+from .safetensors import open_safetensors, write_safetensors
+from .shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, Header, folder_shards, indexed, main_dtype, read_headers, some
+from .text import read_text
 
 CONFIG_FILE = "config.json"
 CONFIG_KEY = "hywu_config"  # of a single file's metadata
+# of the weights of a folder: their configuration, and the hash of the config.json that stood there while they were written
+OWN_CONFIG_KEY, REPLACED_KEY = "hywu_folder_config", "hywu_replaced_config"
+SAMPLE = 4096  # bytes of a tensor's first rows that tell generators apart
 
 
 class GeneratorFiles(NamedTuple):
@@ -35,7 +43,11 @@ class GeneratorFiles(NamedTuple):
     shards: dict[Path, tuple[str, ...]]  # file -> the tensors to take from it
     dtype: torch.dtype  # of most of its weights that are not quantised
     quantised: str | None  # how the matrices of its blocks are stored; None: like the rest
-    fingerprint: str  # of the configuration, every tensor's name and shape, and a sample of its bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """See `fingerprint`. Reads a sample of every tensor."""
+        return fingerprint(self.config, dict(self.tensors()))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by name, memory-mapped: its bytes are read when they are used."""
@@ -52,9 +64,9 @@ def inspect_generator(path: str | Path) -> GeneratorFiles:
         CheckpointError, ConfigError: naming the file, and every tensor that is missing, unexpected or mis-shaped.
     """
     path = Path(path)
-    if path.is_dir():
-        config, shards = _read_folder_config(path), folder_shards(path)
-    elif path.exists() or path.suffix:
+    if os.path.isdir(path):
+        config, shards = _folder_config(path)
+    elif os.path.exists(path) or path.suffix:
         config, shards = _file_config(path), [path]
     else:
         raise CheckpointError(f"{path} does not exist. Expected a generator's folder or .safetensors file.")
@@ -63,7 +75,7 @@ def inspect_generator(path: str | Path) -> GeneratorFiles:
     by_shard = {shard: tuple(name for name, header in found.items() if header.shard == shard) for shard in shards}
     rest = {name: header for name, header in found.items() if name.removesuffix(".weight") not in layers}
     kind = next(iter(layers.values()), None)
-    return GeneratorFiles(path, config, by_shard, main_dtype(rest), kind, _fingerprint(config, by_shard))
+    return GeneratorFiles(path, config, by_shard, main_dtype(rest), kind)
 
 
 def load_generator(
@@ -85,7 +97,10 @@ def load_generator(
 
 
 def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | str | None = None) -> Path:
-    """Write a generator atomically: one file if `path` ends in .safetensors, else a folder in the released form.
+    """Write a generator: one file if `path` ends in .safetensors, else a folder in the released form.
+
+    What stood there is replaced at one moment. A folder is read as before until then and as the new generator from then on,
+    whenever the process is killed; shards that an index named before are removed.
 
     Args:
         dtype: to store; None keeps the parameters' own; one of `quantised.STORED` quantises the matrices of the blocks.
@@ -94,36 +109,88 @@ def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype | 
     Raises:
         SaveError: if it cannot be written; nothing is left half-written.
     """
-    path = Path(path)
-    state = _stored(generator.state_dict(), dtype)
+    path, config = Path(path), generator.config.to_json()
+    state, cast = _stored(generator.state_dict(), dtype), None if isinstance(dtype, str) else dtype
     if path.suffix == ".safetensors":
-        write_safetensors(path, state, {"format": "pt", CONFIG_KEY: generator.config.to_json()})
+        write_safetensors(path, state, {"format": "pt", CONFIG_KEY: config}, cast)
         return path
-    with atomic_write(path / CONFIG_FILE) as temporary:  # takes its place only once the weights are in theirs
-        temporary.write_text(generator.config.to_json(), encoding="utf-8")
-        write_safetensors(path / WEIGHTS_FILE, state, {"format": "pt"})
+    check_path(Path(os.path.abspath(path)))
+    weights, own = path / WEIGHTS_FILE, {OWN_CONFIG_KEY: config, REPLACED_KEY: _hash_of(path / CONFIG_FILE)}
+    replaced = _indexed_before(path)
+    with atomic_write(path / CONFIG_FILE) as temporary:
+        temporary.write_text(config, encoding="utf-8")
+        write_safetensors(weights, state, {"format": "pt", **own}, cast)
+        if replaced:
+            _remove(path / INDEX_FILE)
+    for name in set(replaced) - {WEIGHTS_FILE}:
+        with suppress(OSError):  # nothing reads it any more; on Windows it stays as long as it is mapped
+            (path / name).unlink()
     return path
 
 
 def _stored(state: dict[str, Tensor], dtype: torch.dtype | str | None) -> dict[str, Tensor]:
-    """The tensors of a generator, quantised or not, as a file is to hold them."""
-    if dtype is None or dtype == kind_of(state):
-        return state
-    return dict(quantised(plain(state), dtype)) if isinstance(dtype, str) else plain(state, dtype)
+    """The tensors of a generator, quantised or not, as a file is to hold them; what is plain is cast while it is written."""
+    if isinstance(dtype, str):
+        return state if dtype == kind_of(state) else dict(quantised(plain(state), dtype))
+    return state if dtype is None or kind_of(state) is None else plain(state, dtype)
 
 
-def _read_folder_config(folder: Path) -> GeneratorConfig:
+def fingerprint(config: GeneratorConfig, state: Mapping[str, Tensor]) -> str:
+    """Tells generators apart: the configuration, and every tensor's name, shape, type and first rows. A whole hash of 16 GB
+    would take a minute at every start.
+    """
+    digest = hashlib.sha256(config.to_json().encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        first = tensor.detach().reshape(-1)[: max(1, SAMPLE // tensor.element_size())].to("cpu")
+        digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _folder_config(folder: Path) -> tuple[GeneratorConfig, list[Path]]:
+    """The configuration and the files of a folder. Weights that were saved here name the config.json that they replace: as
+    long as that one still stands there, the save was cut short after the weights, and their own configuration counts.
+    """
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not os.path.isfile(file) and not os.path.isfile(folder / WEIGHTS_FILE):
         raise CheckpointError(
             f"{folder} has no {CONFIG_FILE}, so it is not a generator's folder. "
             "Put the checkpoint's config.json and its .safetensors files there."
         )
+    shards = folder_shards(folder)
+    with open_safetensors(shards[0], CheckpointError) as handle:
+        written = handle.metadata() or {}
+    if len(shards) == 1 and written.get(REPLACED_KEY) == _hash_of(file) and OWN_CONFIG_KEY in written:
+        return GeneratorConfig.from_json(written[OWN_CONFIG_KEY], f"{shards[0]} (metadata)"), shards
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}. Put the one that belongs to its weights there.")
+    return GeneratorConfig.from_json(read_text(file, CheckpointError), str(file)), shards
+
+
+def _hash_of(file: Path) -> str:
+    """Of a file's content; of a file that is not there, nothing."""
     try:
-        text = file.read_text(encoding="utf-8-sig")  # some editors put a mark in front
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is not UTF-8 text ({error}). Download it again.") from None
-    return GeneratorConfig.from_json(text, str(file))
+        return hashlib.sha256(file.read_bytes()).hexdigest() if os.path.isfile(file) else ""
+    except OSError:
+        return "unreadable"
+
+
+def _indexed_before(folder: Path) -> list[str]:
+    index = folder / INDEX_FILE
+    try:
+        return indexed(index) if os.path.isfile(index) else []
+    except CheckpointError:
+        return [INDEX_FILE]  # a damaged index must go as well
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink()
+    except OSError as error:
+        raise SaveError(
+            f"Cannot remove {file} ({error}), which says that the folder's weights are other files. The folder is read as "
+            "before; close what holds that file, and save again."
+        ) from error
 
 
 def _file_config(file: Path) -> GeneratorConfig:
@@ -131,8 +198,11 @@ def _file_config(file: Path) -> GeneratorConfig:
         text = (handle.metadata() or {}).get(CONFIG_KEY)
     if text is not None:
         return GeneratorConfig.from_json(text, f"{file} (metadata)")
-    if (file.parent / CONFIG_FILE).is_file():
-        return _read_folder_config(file.parent)
+    if file.name == WEIGHTS_FILE and not os.path.isfile(file.parent / INDEX_FILE):
+        return _folder_config(file.parent)[0]
+    beside = file.parent / CONFIG_FILE
+    if os.path.isfile(beside):
+        return GeneratorConfig.from_json(read_text(beside, CheckpointError), str(beside))
     raise CheckpointError(
         f"{file} has no generator configuration: neither {CONFIG_KEY!r} in its metadata nor a {CONFIG_FILE} beside it."
     )
@@ -160,16 +230,3 @@ def _check_tensors(path: Path, config: GeneratorConfig, found: dict[str, Header]
             "Download it again, or use the config.json that belongs to it."
         )
     return layers
-
-
-def _fingerprint(config: GeneratorConfig, shards: dict[Path, tuple[str, ...]]) -> str:
-    """A whole hash of 16 GB would take a minute at every start; a sample of every tensor tells generators apart."""
-    digest = hashlib.sha256(config.to_json().encode())
-    for shard, names in shards.items():
-        with open_safetensors(shard, CheckpointError) as handle:
-            for name in sorted(names):
-                part = handle.get_slice(name)
-                digest.update(f"{name} {part.get_shape()} {part.get_dtype()}".encode())
-                first = part[:2] if part.get_shape() else handle.get_tensor(name)
-                digest.update(first.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()[:4096])
-    return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CheckpointError
+from .names import LONGEST
 from .safetensors import PICKLE_SUFFIXES, open_safetensors
+from .text import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,24 +42,44 @@ def folder_shards(folder: Path) -> list[Path]:
         CheckpointError: if there are none, the index is damaged, or a shard that it names is not there.
     """
     index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            shards = [folder / name for name in sorted(set(names))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again.") from None
-        absent = [shard.name for shard in shards if not shard.is_file()]
+    if os.path.isfile(index):
+        names = indexed(index)
+        absent = [name for name in names if not os.path.isfile(folder / name)]
         if absent:
             raise CheckpointError(f"{folder} lacks the shards {some(absent)} that {INDEX_FILE} names. Download them.")
-        return shards
-    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / name for name in names]
+    if os.path.isfile(folder / WEIGHTS_FILE):
         return [folder / WEIGHTS_FILE]
-    others = sorted(folder.glob("*.safetensors"))
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be looked into ({error}).") from None
+    others = [file for file in files if file.suffix == ".safetensors" and not file.name.startswith(".")]
     if len(others) == 1:
         return others
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
+    pickles = [file.name for file in files if file.suffix.lower() in PICKLE_SUFFIXES]
     refused = f" ({some(pickles)} would be pickles, which are refused)" if pickles else ""
     raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{refused}. Download the weights there.")
+
+
+def indexed(index: Path) -> list[str]:
+    """The names of the shards that an index lists, sorted. They lie beside it.
+
+    Raises:
+        CheckpointError: if it is no such index.
+    """
+    weights = read_json(index, CheckpointError).get("weight_map")
+    names = list(weights.values()) if isinstance(weights, dict) else []
+    if not names or not all(
+        isinstance(name, str) and 0 < len(name.encode("utf-8", "replace")) <= LONGEST for name in names
+    ):
+        raise CheckpointError(
+            f"{index} is not a shard index: it needs a weight_map from tensors to files. Download it again."
+        )
+    foreign = sorted(name for name in set(names) if name != Path(name).name or "\\" in name or "\0" in name)
+    if foreign:
+        raise CheckpointError(f"{index} names {foreign[0]!r}, which is no file beside it. Download it again.")
+    return sorted(set(names))
 
 
 def read_headers(shards: list[Path]) -> dict[str, Header]:

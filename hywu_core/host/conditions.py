@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +16,13 @@ from torch import Tensor
 
 from ..condition import CLIP_VISION, CONDITIONING, HIDDEN_STATES, REFERENCE_LATENT, Condition, ConditionPart
 from ..errors import ConditionError
-from .model import StackError, find_stacks
+from .model import StackError, find_stacks, submodule
+
+# what a CONDITIONING can carry for the sampler that says nothing about picture or instruction
+_FOR_THE_SAMPLER = (
+    "control", "control_apply_to_uncond", "hooks", "gligen", "area", "set_area_to_bounds", "mask", "mask_strength",
+    "strength", "start_percent", "end_percent", "default", "additional_models",
+)  # fmt: skip
 
 
 def from_host(
@@ -24,7 +32,7 @@ def from_host(
     model: comfy.model_patcher.ModelPatcher | None = None,
 ) -> Condition:
     """The condition that a CONDITIONING, and optionally a CLIP_VISION_OUTPUT, stand for. The CONDITIONING's first reference
-    latent, if it has one, comes along for generators that read the source picture from it.
+    latent, if it has one, comes along for generators that read the source picture from it. What of it is not read is logged.
 
     Args:
         model: run this base on picture and instruction; its hidden states then stand in place of the CONDITIONING.
@@ -33,6 +41,7 @@ def from_host(
             `hidden_states`.
     """
     tokens, options = _single(conditioning)
+    _log_what_is_not_read(options, model is not None)
     if model is None:
         parts = [ConditionPart(CONDITIONING, tokens)]
     else:
@@ -46,33 +55,50 @@ def from_host(
 
 def hidden_states(model: comfy.model_patcher.ModelPatcher, conditioning: list) -> Tensor:
     """What the base's last block gives when it looks at the source picture at the sampler's last noise level, with its
-    instruction: (B, L, width). Runs the base once.
+    instruction: (B, L, width). Runs the base once, without anything that other nodes put on the MODEL or the CONDITIONING.
 
     Raises:
         ConditionError: if there is no source picture, or the last block gives no tokens.
         StackError: if the base has no stack of blocks.
     """
-    _, options = _single(conditioning)
+    tokens, options = _single(conditioning)
     if not options.get("reference_latents"):
         raise ConditionError(
             "The base can only look at a source picture that it is given, but the CONDITIONING has no reference latent. "
             "Put the encoded picture on it with Set Reference Latent, or take the MODEL away."
         )
-    latent = comfy.sample.fix_empty_latent_channels(model, options["reference_latents"][0])
-    sigma = float(model.get_model_object("model_sampling").sigma_min)
-    with last_block_output(model.model) as seen:
+    base = bare(model)
+    own = [[tokens, {name: value for name, value in options.items() if name not in _FOR_THE_SAMPLER}]]
+    latent = comfy.sample.fix_empty_latent_channels(base, options["reference_latents"][0])
+    sigma = float(base.get_model_object("model_sampling").sigma_min)
+    with last_block_output(base.model) as seen:
         comfy.sample.sample_custom(
-            model,
+            base,
             torch.zeros_like(latent),
             1.0,
             comfy.samplers.sampler_object("euler"),
             torch.tensor([sigma, 0.0]),
-            conditioning,
-            conditioning,
+            own,
+            own,
             latent,
             disable_pbar=True,
         )
     return _as_tokens(seen[-1] if seen else None).to(latent.device)
+
+
+def bare(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone on which nothing acts: no LoRA, merged or beside, and no option, wrapper or model of another node. Objects that
+    another node put in the place of the base's own, such as a compute dtype, stay: without them it may not run.
+    """
+    clone = model.clone()
+    changed = clone.patches or clone.injections or clone.hook_patches or clone.weight_wrapper_patches
+    for name in ("patches", "injections", "hook_patches", "weight_wrapper_patches", "wrappers", "callbacks"):
+        setattr(clone, name, {})
+    clone.additional_models, clone.model_options = {}, {"transformer_options": {}}
+    if changed:
+        # other weights than those of the MODEL that it was cloned from
+        clone.patches_uuid = uuid.uuid4()
+    return clone
 
 
 @contextmanager
@@ -89,7 +115,7 @@ def last_block_output(base: Any) -> Iterator[list[Any]]:
         )
     try:
         for stack in stacks:
-            block = base.diffusion_model.get_submodule(stack.path)[-1]
+            block = submodule(base.diffusion_model, stack.path)[-1]
             handles.append(block.register_forward_hook(lambda _module, _inputs, output: seen.append(output)))
         yield seen
     finally:
@@ -107,6 +133,17 @@ def _as_tokens(output: Any) -> Tensor:
             "Use the CONDITIONING or CLIP Vision features."
         )
     return torch.cat(streams, dim=1).float()
+
+
+def _log_what_is_not_read(options: dict[str, Any], by_the_base: bool) -> None:
+    ignored = [name for name in _FOR_THE_SAMPLER if options.get(name) is not None]
+    if ignored:
+        logging.warning("HY-WU: a condition leaves out what only the sampler reads: %s.", ", ".join(ignored))
+    pictures = len(options.get("reference_latents") or ())
+    if pictures > 1 and not by_the_base:
+        logging.warning(
+            "HY-WU: the CONDITIONING holds %d reference latents; a generator reads the first one only.", pictures
+        )
 
 
 def _single(conditioning: list) -> tuple[Tensor, dict[str, Any]]:

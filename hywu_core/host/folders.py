@@ -1,8 +1,10 @@
-"""The model folders: `hywu` for generators, `hunyuan_image3` for that base. They are searched, listed and resolved here."""
+"""Model folders of the host: announced by whoever owns their kind, searched, listed and resolved here."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
@@ -10,32 +12,32 @@ import folder_paths
 from ..errors import CheckpointError
 from ..files.checkpoint import CONFIG_FILE
 
-FOLDER = "hywu"
-BASE_FOLDER = "hunyuan_image3"
+FOLDER = "hywu"  # of generators
 SHIPPED = Path(__file__).resolve().parents[2] / "models"  # what comes with the pack
 SUFFIX = ".safetensors"
 
 
 def register() -> None:
-    """Announce models/hywu with the pack's own folder, and models/hunyuan_image3, keeping every path that
-    extra_model_paths.yaml added.
-    """
-    _announce(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), str(SHIPPED))
-    _announce(BASE_FOLDER, os.path.join(folder_paths.models_dir, BASE_FOLDER))
+    """Announce the folder of generators, with the pack's own behind it."""
+    announce(FOLDER, SHIPPED)
+
+
+def announce(kind: str, *more: Path) -> None:
+    """Make models/<kind> known to the host, and more folders behind it. Paths of extra_model_paths.yaml stay."""
+    known = list(folder_paths.folder_names_and_paths.get(kind, ([], set()))[0])
+    paths = [os.path.join(folder_paths.models_dir, kind), *map(str, more)]
+    known += [path for path in paths if path not in known]
+    folder_paths.folder_names_and_paths[kind] = (known, {SUFFIX})
 
 
 def generator_names() -> list[str]:
     """What an artist can choose from: single files, and folders that hold a config.json (named with a trailing slash)."""
     names = set()
-    for root in folder_paths.get_folder_paths(FOLDER):
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            relative = Path(folder).relative_to(root).as_posix()
-            if CONFIG_FILE in files and relative != ".":
-                names.add(f"{relative}/")
-                subfolders.clear()
-            else:
-                prefix = "" if relative == "." else f"{relative}/"
-                names.update(prefix + file for file in files if file.endswith(SUFFIX))
+    for relative, files in _walk(FOLDER):
+        if CONFIG_FILE in files and relative:
+            names.add(f"{relative}/")
+        else:
+            names.update(f"{relative}/{file}".lstrip("/") for file in files if file.endswith(SUFFIX))
     return sorted(names)
 
 
@@ -45,45 +47,65 @@ def generator_path(name: str) -> Path:
     Raises:
         CheckpointError: if no folder has it, naming those that were searched.
     """
-    return _resolve(FOLDER, name, "generator", "Put its file or folder there.")
+    return resolve(FOLDER, name, "generator", "Put its file or folder there.")
 
 
-def base_names() -> list[str]:
-    """Folders with a config.json below models/hunyuan_image3, to choose from."""
-    names = set()
-    for root in folder_paths.get_folder_paths(BASE_FOLDER):
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            if CONFIG_FILE in files:
-                names.add(Path(folder).relative_to(root).as_posix())
-                subfolders.clear()
-    return sorted(names)
+def folder_names(kind: str) -> list[str]:
+    """The folders of a kind that hold a config.json, to choose from."""
+    return sorted({relative or "." for relative, files in _walk(kind) if CONFIG_FILE in files})
 
 
-def base_path(name: str) -> Path:
-    """Resolve a name that `base_names` listed.
+def resolve(kind: str, name: str, what: str, remedy: str) -> Path:
+    """The path of a name that was listed, here or on a machine that parts names with backslashes.
 
+    Args:
+        what, remedy: for the error: what is looked for, and what to do.
     Raises:
-        CheckpointError: if no folder has it, naming those that were searched.
+        CheckpointError: if no folder of the kind has it, naming those that were searched.
     """
-    return _resolve(BASE_FOLDER, name, "HunyuanImage-3", "Put its folder there.")
+    roots = folder_paths.get_folder_paths(kind)
+    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+        for root in roots:
+            path = Path(os.path.normpath(os.path.join(root, spelling)))  # as written: links to other disks are welcome
+            if os.path.exists(path) and path.is_relative_to(os.path.normpath(root)):
+                return path
+    raise CheckpointError(f"There is no {what} {name!r} in {', '.join(roots)}. {remedy}")
 
 
 def modified(path: Path) -> float:
     """When the newest file of a generator or a base changed, so that a replaced one is loaded again."""
-    files = [path, *path.glob("*")] if path.is_dir() else [path]
-    return max(file.stat().st_mtime for file in files)
+    times = []
+    try:
+        files = [path, *os.scandir(path)] if os.path.isdir(path) else [path]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked into ({error}).") from None
+    for file in files:
+        try:
+            times.append(os.stat(file).st_mtime)
+        except OSError:  # a link to nothing, or a file that is being replaced
+            continue
+    return max(times, default=0.0)
 
 
-def _announce(kind: str, *paths: str) -> None:
-    known = list(folder_paths.folder_names_and_paths.get(kind, ([], set()))[0])
-    known += [path for path in paths if path not in known]
-    folder_paths.folder_names_and_paths[kind] = (known, {SUFFIX})
+def _walk(kind: str) -> Iterator[tuple[str, list[str]]]:
+    """(path below its root with slashes, names of its files) of every folder of a kind, each real folder once below a root;
+    what lies below a folder with a config.json belongs to that one. What cannot be looked into, such as a drive that is not
+    there, is said in the log.
+    """
 
+    def skipped(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a folder that was announced need not be made
+            logging.warning("HY-WU: %s is not listed: %s.", error.filename, error.strerror)
 
-def _resolve(kind: str, name: str, what: str, remedy: str) -> Path:
-    roots = folder_paths.get_folder_paths(kind)
-    for root in roots:
-        path = Path(os.path.normpath(os.path.join(root, name)))  # as written: links to other disks are welcome
-        if path.exists() and path.is_relative_to(os.path.normpath(root)):
-            return path
-    raise CheckpointError(f"There is no {what} {name!r} in {', '.join(roots)}. {remedy}")
+    for root in folder_paths.get_folder_paths(kind):
+        seen = set()
+        for folder, subfolders, files in os.walk(root, onerror=skipped, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above, or to one that was listed under another name
+                subfolders.clear()
+                continue
+            seen.add(real)
+            relative = "" if folder == root else Path(folder).relative_to(root).as_posix()
+            if CONFIG_FILE in files and (relative or kind != FOLDER):
+                subfolders.clear()
+            yield relative, files

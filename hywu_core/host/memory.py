@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from ..condition import OF_THE_BASE, Condition, assemble
 from ..config import GeneratorConfig
-from ..errors import ConditionError, SaveError
-from ..files.checkpoint import GeneratorFiles, inspect_generator, save_generator
+from ..errors import ConditionError
+from ..files.checkpoint import GeneratorFiles, fingerprint, inspect_generator, save_generator
+from ..files.names import below
 from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
 from ..lora import InstanceLora
@@ -36,6 +36,10 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn": FP8,
     "int8": INT8,
 }
+
+
+# what weights that are stored otherwise are computed in: a generator is trained in bfloat16 and overflows in float16
+COMPUTE_DTYPES = [torch.bfloat16, torch.float32]
 
 SAVE_DTYPES = {
     "as trained": None,
@@ -72,15 +76,17 @@ def load(path: Path, weight_dtype: torch.dtype | str | None = None) -> Generator
         CheckpointError, ConfigError: see `inspect_generator`.
     """
     files = inspect_generator(path)
-    patcher = _patcher(path, weight_dtype)
+    generator = _built(files, weight_dtype)
+    known = fingerprint(files.config, generator.state_dict())
     compute_dtype = _compute_dtype(_kept_dtype(files, weight_dtype))
-    return GeneratorHandle(patcher, files.config, compute_dtype, files.path.name, files.fingerprint)
+    patcher = _reloadable(generator, path, weight_dtype)
+    return GeneratorHandle(patcher, files.config, compute_dtype, files.path.name, known)
 
 
-def wrap(generator: Generator, name: str, fingerprint: str) -> GeneratorHandle:
+def wrap(generator: Generator, name: str) -> GeneratorHandle:
     """Put a generator that was built or trained in memory under the host's memory management."""
-    dtype = next(generator.parameters()).dtype
-    return GeneratorHandle(_manage(generator), generator.config, _compute_dtype(dtype), name, fingerprint)
+    dtype, known = next(generator.parameters()).dtype, fingerprint(generator.config, generator.state_dict())
+    return GeneratorHandle(_manage(generator), generator.config, _compute_dtype(dtype), name, known)
 
 
 def new_for(
@@ -114,7 +120,7 @@ def from_state(config: GeneratorConfig, state: Mapping[str, Tensor], name: str) 
     """A generator of these weights. They are copied."""
     generator = Generator(config, operations=comfy.ops.manual_cast, device="meta")
     generator.load_state_dict({key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}, assign=True)
-    return wrap(generator, name, _fingerprint(generator))
+    return wrap(generator, name)
 
 
 def trainable_copy(handle: GeneratorHandle) -> Generator:
@@ -183,7 +189,7 @@ def save(handle: GeneratorHandle, name: str, dtype: torch.dtype | str | None = N
     """Write a generator as one file. One of the same name stays; the new one is numbered.
 
     Raises:
-        SaveError: if the name leads out of the folder, or the file cannot be written; nothing is left half-written then.
+        SaveError: if the name cannot be one, or the file cannot be written; nothing is left half-written then.
     """
     return save_generator(handle.generator, _free_path(name), dtype)
 
@@ -191,7 +197,13 @@ def save(handle: GeneratorHandle, name: str, dtype: torch.dtype | str | None = N
 def _patcher(
     path: str | Path, weight_dtype: torch.dtype | str | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    patcher = _manage(_built(inspect_generator(path), weight_dtype), disable_dynamic)
+    return _reloadable(_built(inspect_generator(path), weight_dtype), path, weight_dtype, disable_dynamic)
+
+
+def _reloadable(
+    generator: Generator, path: str | Path, weight_dtype: torch.dtype | str | None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    patcher = _manage(generator, disable_dynamic)
     patcher.cached_patcher_init = (_patcher, (path, weight_dtype))
     return patcher
 
@@ -229,30 +241,13 @@ def _manage(generator: Generator, disable_dynamic: bool = False) -> comfy.model_
     )
 
 
-def _fingerprint(generator: Generator) -> str:
-    """As of a file: the configuration, and a sample of every tensor."""
-    digest = hashlib.sha256(generator.config.to_json().encode())
-    for name, tensor in sorted(generator.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor[:2].contiguous().flatten()[:1024].float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _compute_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     device = comfy.model_management.get_torch_device()
-    # a generator overflows in float16, which the host would rather take for what its device cannot compute with
-    supported = [torch.bfloat16, torch.float32]
-    return comfy.model_management.unet_manual_cast(weight_dtype, device, supported) or weight_dtype
+    return comfy.model_management.unet_manual_cast(weight_dtype, device, COMPUTE_DTYPES) or weight_dtype
 
 
 def _free_path(name: str) -> Path:
-    root = Path(os.path.normpath(folder_paths.get_folder_paths(FOLDER)[0]))
-    stem = name.strip().removesuffix(SUFFIX)
-    path = Path(os.path.normpath(root / stem))
-    if not stem or path == root or not path.is_relative_to(root):
-        raise SaveError(
-            f"{name!r} is no name for a generator. Use a plain name such as my-edits; it is saved in {root}."
-        )
+    path = below(folder_paths.get_folder_paths(FOLDER)[0], name.strip().removesuffix(SUFFIX), "a generator")
     candidate, number = path.with_name(path.name + SUFFIX), 1
     while os.path.exists(candidate):
         number += 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..errors import SaveError
+from ..files.atomic import atomic_write
 from .trainer import StepReport
 
 LOG, VALIDATION, STATE, BOARD = "log.csv", "validation.csv", "state.safetensors", "tensorboard"  # of a run's folder
@@ -30,7 +33,6 @@ class RunLog:
     def __init__(self, folder: Path, done: int = 0, lessons: Sequence[str] = ()):
         self.columns = (*COLUMNS, *lessons)
         self.path, self._validation = Path(folder) / LOG, Path(folder) / VALIDATION
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.losses = [float(row["loss"]) for row in _keep(self.path, self.columns, done)]  # one for each step
         _keep(self._validation, VALIDATION_COLUMNS, done)
         self._board = _board(Path(folder) / BOARD, done)
@@ -67,26 +69,45 @@ def _add(path: Path, row: Sequence[float]) -> None:
 
 def _keep(path: Path, columns: Sequence[str], done: int) -> list[dict[str, str]]:
     """Write a file anew with its heading and the rows of the steps that are done, and return those."""
-    rows = []
-    if path.exists():
-        with _opened(path, "r") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < done]
-    with _opened(path, "w") as file:
+    rows = [row for row in _rows(path, columns) if int(row["step"]) < done]
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     return rows
 
 
-@contextmanager
-def _opened(path: Path, mode: str) -> Iterator[TextIO]:
+def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The whole rows of a file. A run that was killed or had no room left half of one: the state counts, not the log."""
+    if not os.path.exists(path):
+        return []
+    with _opened(path, "rb") as file:
+        lines = file.read().decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
+    found = [dict(zip(columns, line.split(","), strict=False)) for line in lines]
+    rows = [row for row in found if len(row) == len(columns) and all(map(_is_number, row.values()))]
+    rows = [row for row in rows if row["step"].isdecimal()]
+    if len(rows) < len(lines) - 1 or (lines and lines[0] != ",".join(columns)):
+        logging.warning("HY-WU: %s is damaged; %d of its rows are kept, the rest is left out.", path, len(rows))
+    return rows
+
+
+def _is_number(text: str) -> bool:
     try:
-        with open(path, mode, newline="", encoding="utf-8") as file:
+        float(text)
+    except ValueError:
+        return False
+    return len(text) < 32
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[Any]:
+    try:
+        with open(path, mode) if "b" in mode else open(path, mode, newline="", encoding="utf-8") as file:
             yield file
     except OSError as error:
         raise SaveError(
-            f"The log {path} cannot be written: {error}. The run's state is kept; make room or free the file, and start "
-            "the run again to go on."
+            f"The log {path} cannot be {'read' if 'r' in mode else 'written'}: {error}. The run's state is kept; make room "
+            "or free the file, and start the run again to go on."
         ) from error
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..files.text import read_json
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -253,7 +254,9 @@ def read_arguments(arguments: Sequence[str] | None, description: str, kind: type
     for known in _options(kind).values():
         _add_flag(parser, known)
     given = vars(parser.parse_args(arguments))
-    return build_run(_read_file(Path(given.pop("config"))) | given if "config" in given else given, kind)
+    return build_run(
+        read_json(Path(given.pop("config")), ConfigError, "") | given if "config" in given else given, kind
+    )
 
 
 def build_run(values: dict[str, Any], kind: type[RunConfig] = RunConfig) -> RunConfig:
@@ -294,19 +297,7 @@ def _converted(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
         return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if value.bit_length() < 1000 else math.inf
     if type(value) is not type(default):
         raise ConfigError(f"{name} must be of the kind {type(default).__name__} (as {default!r}), found {value!r}.")
     return value
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"The configuration {path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise ConfigError(f"The configuration {path} is not valid JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"The configuration {path} must be a JSON object, found {type(values).__name__}.")
-    return values

@@ -215,8 +215,8 @@ class Trainer:
     def _backward(self, draws: list[Draw]) -> Tensor:
         """The losses (B,); gradients are left on the parameters, the same as those of a single graph.
 
-        Where the graphs of all samples are too large to stay while the base is run, micro-batch by micro-batch, unless samples
-        are compared with each other: what does not need to be there at the same time is not.
+        Where the graphs of all samples are too large to stay while the base is run, micro-batch by micro-batch, unless
+        samples are compared with each other: what does not need to be there at the same time is not.
         """
         at_once = self.trainable.graphs_at_once([draw.sample for draw in draws])
         stay = at_once is None or at_once >= len(draws)

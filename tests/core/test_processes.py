@@ -226,7 +226,7 @@ def test_a_run_is_read_from_a_file_with_flags_on_top(tmp_path):
     ("text", "said"),
     [
         ("{", "not valid JSON"),
-        ("[]", "must be a JSON object"),
+        ("[]", "expected a JSON object"),
         ('{"stpes": 3}', "Did you mean 'steps'"),
         ('{"steps": "many"}', "steps must be of the kind int"),
         ('{"regime": "deaf"}', "regime must be one of told, blind"),

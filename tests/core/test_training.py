@@ -144,6 +144,18 @@ def test_no_more_graphs_are_there_at_a_time_than_there_is_room_for():
     assert alive == [(False, 2), (False, 2), (False, 1), (True, 2), (True, 2), (True, 1)]
 
 
+def test_samples_of_equal_shapes_are_written_together_and_keep_their_places():
+    generator, passes = Generator(tiny_config()).initialize(), []
+    generator.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    found = [Pairs(6, length).sample(index, torch.Generator()) for index, length in enumerate((5, 3, 5, 3, 3))]
+    lora = GeneratorTrainable(generator).lora(found)
+    assert passes == [2, 3]
+    for index, sample in enumerate(found):
+        alone = generator(sample.condition.unsqueeze(0))
+        for one, other in zip(lora.select(index).pairs, alone.pairs, strict=True):
+            torch.testing.assert_close(one.down, other.down)
+
+
 def test_factors_in_half_precision_collect_their_gradients_in_float32():
     lora = random_batch(2).map(lambda pair: type(pair)(*(factor.bfloat16() for factor in pair)))
     assert {factor.dtype for pair in leaves(lora).pairs for factor in pair} == {torch.float32}
@@ -239,7 +251,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hywu_core.files.safetensors.save_file", full)
+    monkeypatch.setattr("os.fsync", full)
     run.step()
     with pytest.raises(ValueError, match="No space left"):
         run.save(path)

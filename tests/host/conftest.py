@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 HOST = Path(os.environ.get("COMFYUI_DIR", Path(__file__).resolve().parents[2] / ".host" / "ComfyUI"))
 
 
@@ -27,3 +29,16 @@ else:
     collect_ignore_glob = ["*.py"]  # they import the host; without one, the others are still collected
 
 sys.path.append(str(Path(__file__).resolve().parent))  # helpers beside the tests
+sys.path.append(str(Path(__file__).resolve().parents[1] / "machines"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine():
+    """HYWU_DYNAMIC_VRAM=1 runs these tests as on a default NVIDIA install; tests/machines does so."""
+    if not os.environ.get("HYWU_DYNAMIC_VRAM"):
+        yield
+        return
+    from dynamic import dynamic_vram
+
+    with dynamic_vram():
+        yield

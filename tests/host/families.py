@@ -1,7 +1,9 @@
 """Tiny random instances of the host's own model families, as MODELs, with latents and conditioning that fit them."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -21,18 +23,29 @@ class Family(NamedTuple):
     targets: tuple[str, ...]  # uniform over the blocks; a name may carry a row slice
 
 
+@contextmanager
+def weights_at_once():
+    """Layers make their weights when they are built, also under dynamic VRAM: there is no file that they would come from."""
+    before, comfy.memory_management.aimdo_enabled = comfy.memory_management.aimdo_enabled, False
+    try:
+        yield
+    finally:
+        comfy.memory_management.aimdo_enabled = before
+
+
 def build(config) -> comfy.model_patcher.ModelPatcher:
     """A MODEL from one of the host's configurations, float32, every parameter seeded random."""
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = None
-    model = config.get_model({}, "", device=None)
+    with weights_at_once():
+        model = config.get_model({}, "", device=None)
     model.diffusion_model.eval().requires_grad_(False)
     source = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=source)
         if parameter.ndim == 1:
             parameter.copy_(noise * 0.05 + (0.0 if name.endswith("bias") else 1.0))
-        else:
+        elif parameter.numel():
             parameter.copy_(noise / parameter[0].numel() ** 0.5)
     for buffer in model.diffusion_model.buffers():  # tables that a checkpoint would bring
         buffer.copy_(torch.randn(buffer.shape, generator=source))
@@ -110,6 +123,38 @@ def sd3() -> Family:
     return Family(build(config), torch.zeros(1, 16, 8, 8), conditioning(12, 8), "joint_blocks.", 2, names)
 
 
+def deep_flux() -> Family:
+    """As many blocks as the real one, which is how the host knows some LoRA files."""
+    config = comfy.supported_models.Flux(
+        {
+            "image_model": "flux", "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 12,
+            "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 19, "depth_single_blocks": 38,
+            "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+            "txt_ids_dims": [],
+        }
+    )  # fmt: skip
+    return Family(build(config), torch.zeros(1, 4, 8, 8), conditioning(12, 8), "double_blocks.", 19, ("img_attn.qkv",))
+
+
+def unet(kind: type, width: int, linear: bool, adm: int | None) -> Family:
+    """A UNet with two levels: convolutions of both kernels beside the linear layers."""
+    config = kind(
+        {
+            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": width, "num_res_blocks": [1, 1],
+            "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
+            "transformer_depth_middle": 1, "context_dim": 12, "num_heads": 2, "num_head_channels": -1,
+            "use_spatial_transformer": True, "use_linear_in_transformer": linear, "legacy": False, "adm_in_channels": adm,
+            "num_classes": "sequential" if adm else None, "use_temporal_attention": False,
+        }
+    )  # fmt: skip
+    names = ("transformer_blocks.0.attn1.to_q",)
+    return Family(build(config), torch.zeros(1, 4, 8, 8), conditioning(12, 8), "middle_block.", 1, names)
+
+
+UNETS = {
+    "sd15": lambda: unet(comfy.supported_models.SD15, 32, False, None),
+    "sdxl": lambda: unet(comfy.supported_models.SDXL, 64, True, 24),
+}
 FAMILIES = {
     "flux_double": flux,
     "flux_single": lambda: flux("single"),

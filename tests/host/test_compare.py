@@ -167,5 +167,14 @@ def test_numbers_that_are_not_finite_are_shown_and_named(loras):
     bad = InstanceLora(factors)
     image, table = charts.norms_by_layer(bad)
     assert torch.isfinite(image).all() and "nan" in table
-    with pytest.raises(LoraError, match=f"{name} holds NaN or infinity"):
+    with pytest.raises(LoraError, match=f"{name}: the factors hold NaN or infinite values"):
         store.blend_from_text([bad, loras[1]], "", max_rank=2)
+
+
+def test_a_lora_without_pairs_is_named(loras):
+    for work in (
+        lambda: charts.norms_by_layer(InstanceLora({})),
+        lambda: charts.cosines_of([loras[0], InstanceLora({})]),
+    ):
+        with pytest.raises(LoraError, match="This LoRA holds nothing: no pairs of low-rank factors"):
+            work()

@@ -97,7 +97,7 @@ def finish(*processes):
 
 def wait_for_steps(folder, count, process):
     """Until a run has logged that many steps."""
-    for _ in range(1000):
+    for _ in range(6000):
         if process.poll() is not None or ((folder / LOG).exists() and len((folder / LOG).read_text().split()) > count):
             return
         time.sleep(0.05)

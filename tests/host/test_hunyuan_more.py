@@ -48,9 +48,11 @@ def siglip(folder):
     config = Siglip2VisionConfig(**{name: value for name, value in facts.items() if name in known})
     config._attn_implementation = "eager"
     model, prefix = Siglip2VisionModel(config).eval(), "vision_model."
-    state = {name.removeprefix(prefix): tensor.float() for name, tensor in folder.part(prefix).items()}
+    # transformers 4 keeps the tower in a part of its own, 5 does not
+    own = prefix if hasattr(model, "vision_model") else ""
+    state = {own + name.removeprefix(prefix): tensor.float() for name, tensor in folder.part(prefix).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.startswith("head.") for name in missing)
+    assert not unexpected and all(name.removeprefix(own).startswith("head.") for name in missing)
     return model
 
 

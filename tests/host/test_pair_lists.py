@@ -101,6 +101,7 @@ GOOD = {"source": "a.png", "target": "a2.png", "instruction": "warm"}
         ("pairs.csv", HEAD + "a.png,a2.png," + "x" * 140_000 + "\n", "line 2: field larger than field limit"),
         ("pairs.csv", "from,to\na.png,a2.png\n", "line 1: the heading names 'from', 'to'. It must name source, target"),
         ("pairs.csv", "", "line 1: the heading names nothing"),
+        ("pairs.csv", "source,target,instruction,Target\na.png,a2.png,warm,b2.png\n", "names 'target' twice"),
         ("pairs.csv", "source,target,instruction\na.png,a2.png,w\xe4rmer\n", "cannot be read as UTF-8"),
         ("pairs.jsonl", "[" * 60_000, "line 1: nested too deeply"),
         ("pairs.jsonl", '{"a":' * 60_000, "line 1: nested too deeply"),

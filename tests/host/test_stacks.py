@@ -1,5 +1,6 @@
 """Stacks, targets and a generator's shape are read off the host's own model families."""
 
+import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hywu_core import MatchError
 from hywu_core.condition import CLIP_VISION, CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart
 from hywu_core.host import model, new_generator
 from hywu_core.host.conditions import from_host
+from hywu_core.host.lora.experts import make_bank
 from hywu_core.layout import target_names, token_spans
 
 EXPECTED = {  # the stacks, the largest first
@@ -91,9 +93,9 @@ def test_a_model_without_a_stack_is_one_clear_error():
             "adm_in_channels": None, "use_linear_in_transformer": False, "legacy": False,
         }
     )  # fmt: skip
-    model = build(config)
+    base = build(config).model
     with pytest.raises(model.StackError, match="no stack of like blocks"):
-        model.choose_stack(model.model)
+        model.choose_stack(base)
 
 
 def test_wrong_names_say_what_there_is():
@@ -137,3 +139,34 @@ def test_the_example_conditioning_is_not_changed():
     before = dict(entry[0][1])
     from_host(entry)
     assert entry[0][1].keys() == before.keys()
+
+
+class Packed(torch.nn.Module):
+    """Of another pack: no Linear, and no weight of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features, self.qweight = 4, 6, torch.zeros(6, 2)
+
+
+CARRIERS = {
+    "linear": (torch.nn.Linear(4, 6), (4, 6, None, False)),
+    "packed": (Packed(), (4, 6, None, False)),
+    "1x1": (torch.nn.Conv2d(4, 6, 1), (4, 6, None, True)),
+    "a bank": (make_bank(comfy.ops.disable_weight_init, 3, 4, 6), (4, 6, 3, False)),
+    "3x3": (torch.nn.Conv2d(4, 6, 3), None),
+    "strided": (torch.nn.Conv2d(4, 6, 1, stride=2), None),
+    "grouped": (torch.nn.Conv2d(4, 6, 1, groups=2), None),
+    "padded": (torch.nn.Conv2d(4, 6, 1, padding=1), None),
+    "transposed": (torch.nn.ConvTranspose2d(4, 6, 1), None),
+    "embedding": (torch.nn.Embedding(4, 6), None),
+    "bilinear": (torch.nn.Bilinear(4, 4, 6), None),
+    "block": (torch.nn.Sequential(torch.nn.Linear(4, 6)), None),
+}
+
+
+@pytest.mark.parametrize("name", CARRIERS)
+def test_what_can_carry_a_lora(name):
+    module, expected = CARRIERS[name]
+    found = model.layer_of(module)
+    assert (None if found is None else tuple(found[1:])) == expected

@@ -14,7 +14,7 @@ from hywu_core import Generator, HywuError, MatchError
 from hywu_core.bases.pocket import load_pocket_editor
 from hywu_core.config import GeneratorConfig
 from hywu_core.errors import ConfigError
-from hywu_core.files.lora_files import save_lora
+from hywu_core.files.lora_files import load_lora, save_lora
 from hywu_core.host import conditions, memory
 from hywu_core.host.lora.matching import match
 from hywu_core.host.training import in_server, lessons, lora_lessons, teach
@@ -269,7 +269,7 @@ def test_a_file_is_brought_onto_the_weights_of_a_generator(studio, output):
     """Through the base: what a file changes is what is wanted, also where rows are fused, cut, or left alone."""
     folder = files(output / "loras", studio)
     config, base = handle().config, studio.model.model
-    whole = lora_lessons.load_lora(folder / "0.safetensors")
+    whole = load_lora(folder / "0.safetensors")
     aligned = lora_lessons.aligned(whole, base, config, "0")
     assert likeness(aligned, whole).distance < 1e-9
     width = whole.factors["double_blocks.0.img_attn.qkv"].down.shape[-1]
@@ -309,18 +309,18 @@ def write(folder, name, data):
 
 
 def spoil(folder, change):
-    lora = lora_lessons.load_lora(folder / "1.safetensors")
+    lora = load_lora(folder / "1.safetensors")
     save_lora(lora.map(change), folder / "1.safetensors")
 
 
 def of_another_base(folder):
-    lora = lora_lessons.load_lora(folder / "1.safetensors")
+    lora = load_lora(folder / "1.safetensors")
     renamed = {name.replace("double_blocks", "layers"): pair for name, pair in lora.factors.items()}
     save_lora(type(lora)(renamed, lora.scale, {"instruction": "x"}), folder / "1.safetensors")
 
 
 BAD_FILES = {  # {name: (what to do to the folder, words of the error)}
-    "no instruction": (lambda f: save_lora(lora_lessons.load_lora(f / "1.safetensors").with_metadata(instruction=""),
+    "no instruction": (lambda f: save_lora(load_lora(f / "1.safetensors").with_metadata(instruction=""),
                                            f / "1.safetensors"), "1.safetensors: it has no instruction"),
     "not a LoRA": (lambda f: write(f, "3.safetensors", b"x" * 40) or write(f, "3.txt", "x"), "3.safetensors"),
     "another base": (of_another_base, "None of the LoRA's"),
@@ -331,7 +331,7 @@ BAD_FILES = {  # {name: (what to do to the folder, words of the error)}
     "list is no JSON": (lambda f: write(f, "loras.jsonl", "[" * 100000), "line 1: not valid JSON"),
     "list lacks a column": (lambda f: write(f, "loras.csv", "name,text\n0,x\n"), "expected file and instruction"),
     "two lists": (lambda f: [write(f, name, "") for name in lora_lessons.LISTS], "Keep the one"),
-    "text is not UTF-8": (lambda f: write(f, "0.txt", b"\xff\xfe\xfa"), "cannot be read as UTF-8"),
+    "text is not UTF-8": (lambda f: write(f, "0.txt", b"\xff\xfe\xfa"), "is not UTF-8"),
 }  # fmt: skip
 
 

@@ -272,8 +272,10 @@ def test_a_failed_training_leaves_no_leak_behind(caplog):
     handle = new(family, positive)
     with pytest.raises(TrainingError) as failure:
         run(family, handle, latents, positive, steps=50, learning_rate=1e30, clip=0.0, warmup=0)
+    with pytest.raises(TrainingError) as refusal:
+        run(family, handle, latents, positive, steps=50, learning_rate=1e-3)
     comfy.model_management.cleanup_models_gc()
-    assert failure.value and "memory leak" not in caplog.text
+    assert failure.value and refusal.value and "memory leak" not in caplog.text
 
 
 def test_the_node_says_how_far_it_is(monkeypatch):
@@ -481,6 +483,32 @@ def test_buckets_and_one_conditioning_for_all():
         assert torch.equal(one.condition, three.condition)
         assert torch.equal(three.conditioning[0], positive[0][0][0])
     assert len(set(apart.instructions)) == 2
+
+
+def test_what_pairs_have_in_common_is_kept_once_and_conditions_in_half_their_size():
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    kept = pairs_of_lists.host_pairs(family.model, new(family, positive).config, latents, positive).kept
+    assert kept[0].entry[0] is kept[2].entry[0] and kept[0].entry[0] is not kept[1].entry[0]
+    words, picture = kept[0].condition.parts
+    assert words.tokens is kept[2].condition.parts[0].tokens and words.tokens.dtype == torch.bfloat16
+    assert picture.tokens is kept[0].entry[1]["reference_latents"][0]
+
+
+def test_a_mixed_batch_passes_through_the_base_shape_by_shape(monkeypatch):
+    family, passes = flux(channels=16), []
+    latents, positive = pairs(family)
+    for index in (1, 4):
+        ((tokens, options),) = positive[index]
+        latents[index] = {"samples": torch.randn(1, 16, 4, 12)}
+        positive[index] = [[tokens, options | {"reference_latents": [torch.randn(1, 16, 4, 12)]}]]
+    apply = family.model.model.apply_model
+    monkeypatch.setattr(
+        family.model.model, "apply_model", lambda x, *a, **k: passes.append(len(x)) or apply(x, *a, **k)
+    )
+    run(family, new(family, positive), latents, positive, steps=2, batch=6)
+    # before the second of each step, the base's own loss
+    assert sorted(passes) == [2] * 4 + [4] * 4
 
 
 def test_pairs_may_have_sizes_of_their_own():

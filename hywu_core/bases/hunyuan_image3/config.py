@@ -5,14 +5,18 @@ Where a file is silent, the values are those of the released HunyuanImage-3.0-In
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import comfy.clip_model
+
 from ...errors import CheckpointError
+from ...files.text import read_json
+from .image_ends import GROUPS
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -34,6 +38,40 @@ SUPPORTED = {  # keys whose other values mean another model, and the one that is
     "img_proj_type": "unet",
     "patch_size": 1,
 }
+
+# Bounds far above any model of this kind, so that a damaged number is an error and not an hour of work or all of the memory.
+LARGEST = 2**20  # of a whole number that has no bounds of its own here
+MAX_MATRICES = 2**16  # experts of all layers; the released model has 2,048
+BOUNDS = {  # smallest and largest, both allowed
+    "num_hidden_layers": (1, 512),
+    "num_attention_heads": (1, 4096),
+    "num_key_value_heads": (1, 4096),
+    "attention_head_dim": (2, 4096),
+    "num_experts": (1, 4096),
+    "num_shared_expert": (1, 64),
+    "max_position_embeddings": (1, 2**24),
+    "vocab_size": (1, 2**22),
+    "image_base_size": (16, 2**14),  # the sizes of pictures are made of its sixteenths
+    "rms_norm_eps": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12),
+    "vae.layers_per_block": (1, 16),
+    "vae.latent_channels": (1, 1024),
+    "vae.ffactor_spatial": (1, 256),
+    "vae.ffactor_temporal": (1, 256),
+    "vae.scaling_factor": (1e-6, 1e6),
+    "vit.num_hidden_layers": (1, 512),
+    "vit.num_attention_heads": (1, 4096),
+    "vit.num_channels": (1, 64),
+    "vit.patch_size": (1, 1024),
+    "vit.layer_norm_eps": (0.0, 1.0),
+    "generation_config.diff_guidance_scale": (0.0, 1e3),
+    "generation_config.flow_shift": (1e-3, 1e3),
+    "generation_config.temperature": (0.0, 1e3),
+    "generation_config.top_k": (0, LARGEST),
+    "generation_config.top_p": (0.0, 1.0),
+    "generation_config.max_length": (1, 2**24),
+}
+MAX_STAGES = 16  # of the autoencoder; the released one has 5
 
 
 @dataclass(frozen=True)
@@ -131,11 +169,11 @@ class BaseConfig:
         _check_supported(values, where)
         chosen = _pick(cls, {key: _first_of_layers(key, value, where) for key, value in values.items()})
         chosen |= {
-            "vae": VaeConfig(**_tuples(_pick(VaeConfig, values.get("vae") or {}))),
-            "vision": VisionConfig(**_pick(VisionConfig, values.get("vit") or {})),
+            "vae": VaeConfig(**_tuples(_pick(VaeConfig, _object(values, "vae", where)))),
+            "vision": VisionConfig(**_pick(VisionConfig, _object(values, "vit", where))),
             "sampling": SamplingConfig(**_pick(SamplingConfig, generation)),
         }
-        processor = values.get("vit_processor") or {}
+        processor = _object(values, "vit_processor", where)
         if "max_num_patches" in processor:
             chosen["max_num_patches"] = processor["max_num_patches"]
         config = cls(**chosen)
@@ -151,36 +189,78 @@ class BaseConfig:
                 f"{folder} has no {CONFIG_FILE}. Download the whole repository of HunyuanImage-3.0-Instruct into it."
             )
         generation = folder / GENERATION_FILE
-        return cls.from_dict(read_json(config), read_json(generation) if generation.is_file() else {}, str(config))
+        sampling = read_json(generation, CheckpointError) if generation.is_file() else {}
+        return cls.from_dict(read_json(config, CheckpointError), sampling, str(config))
 
     def _check(self, where: str) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_experts", "moe_topk", "vocab_size", "image_base_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"{where}: {name} must be a positive whole number, found {value!r}.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"{where}: {self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads."
-            )
-        if self.moe_topk > self.num_experts:
-            raise CheckpointError(f"{where}: moe_topk {self.moe_topk} is more than the {self.num_experts} experts.")
-        if math.isqrt(self.vision.num_patches) ** 2 != self.vision.num_patches:
-            raise CheckpointError(f"{where}: vit.num_patches {self.vision.num_patches} is not a square.")
+        for part, config in (
+            ("", self),
+            ("vae.", self.vae),
+            ("vit.", self.vision),
+            ("generation_config.", self.sampling),
+        ):
+            for entry in fields(config):
+                _check_value(f"{part}{entry.name}", entry.type, getattr(config, entry.name), where)
+        problems = {
+            f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads": (
+                self.num_attention_heads % self.num_key_value_heads
+            ),
+            f"attention_head_dim {self.attention_head_dim} is odd": self.attention_head_dim % 2,
+            f"moe_topk {self.moe_topk} is more than the {self.num_experts} experts": self.moe_topk > self.num_experts,
+            f"{self.num_experts} experts in each of {self.num_hidden_layers} layers are more than {MAX_MATRICES:,}": (
+                self.num_experts * self.num_hidden_layers > MAX_MATRICES
+            ),
+            f"hidden_size {self.hidden_size} is no multiple of {GROUPS}": self.hidden_size % GROUPS,
+            f"patch_embed_hidden_dim {self.patch_embed_hidden_dim} is no multiple of {GROUPS}": (
+                self.patch_embed_hidden_dim % GROUPS
+            ),
+            f"vit.num_patches {self.vision.num_patches} is not a square": (
+                math.isqrt(self.vision.num_patches) ** 2 != self.vision.num_patches
+            ),
+            f"vit.hidden_size {self.vision.hidden_size} is no multiple of its {self.vision.num_attention_heads} heads": (
+                self.vision.hidden_size % self.vision.num_attention_heads
+            ),
+            f"vit.hidden_act {reprlib.repr(self.vision.hidden_act)} is none of {', '.join(comfy.clip_model.ACTIVATIONS)}": (
+                self.vision.hidden_act not in comfy.clip_model.ACTIVATIONS
+            ),
+        }
+        if found := [problem for problem, wrong in problems.items() if wrong]:
+            raise CheckpointError(f"{where}: {found[0]}.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def _check_value(name: str, kind: str, value: Any, where: str) -> None:
+    """See that a value is of its field's kind and within its bounds."""
+    low, high = BOUNDS.get(name, (1, LARGEST))
+    if kind == "int" and (not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high):
+        expected = f"a whole number from {low:,} to {high:,}"
+    elif kind == "float" and (
+        not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high
+    ):
+        expected = f"a number from {low:g} to {high:g}"
+    elif kind == "bool" and not isinstance(value, bool):
+        expected = "true or false"
+    elif kind == "str" and not isinstance(value, str):
+        expected = "text"
+    elif kind.startswith("tuple") and not _are_channels(value):
+        expected = f"a list of 1 to {MAX_STAGES} multiples of {GROUPS}, {LARGEST:,} at most"
+    else:
+        return
+    raise CheckpointError(f"{where}: {name} must be {expected}, found {reprlib.repr(value)}.")
 
-    Raises:
-        CheckpointError: if it is no JSON, or no object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download it again.")
-    return values
+
+def _are_channels(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and 1 <= len(value) <= MAX_STAGES
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= LARGEST and not n % GROUPS for n in value)
+    )
+
+
+def _object(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    found = values.get(key)
+    if not isinstance(found, Mapping | None):
+        raise CheckpointError(f"{where}: {key} must be an object, found {reprlib.repr(found)}.")
+    return found or {}
 
 
 def _check_supported(values: Mapping[str, Any], where: str) -> None:
@@ -193,12 +273,12 @@ def _check_supported(values: Mapping[str, Any], where: str) -> None:
         found = values.get(key, supported)
         if found != supported:
             raise CheckpointError(
-                f"{where}: {key} is {found!r}, but only {supported!r} is implemented. This is another model than "
+                f"{where}: {key} is {reprlib.repr(found)}, but only {supported!r} is implemented. This is another model than "
                 "HunyuanImage-3.0-Instruct."
             )
-    scaling = values.get("rope_scaling") or {}
-    if float(scaling.get("factor", 1.0)) != 1.0 or float(scaling.get("alpha", 1.0)) != 1.0:
-        raise CheckpointError(f"{where}: rope_scaling {scaling} is not implemented, only a factor of 1.")
+    scaling = _object(values, "rope_scaling", where)
+    if scaling.get("factor", 1.0) != 1.0 or scaling.get("alpha", 1.0) != 1.0:
+        raise CheckpointError(f"{where}: rope_scaling {reprlib.repr(scaling)} is not implemented, only a factor of 1.")
 
 
 def _first_of_layers(key: str, value: Any, where: str) -> Any:
@@ -206,7 +286,7 @@ def _first_of_layers(key: str, value: Any, where: str) -> Any:
     per_layer = key in ("moe_topk", "moe_intermediate_size", "num_shared_expert", "num_experts")
     if not (per_layer and isinstance(value, list) and value):
         return value
-    if len(set(value)) > 1:
+    if any(other != value[0] for other in value):
         raise CheckpointError(f"{where}: {key} differs from layer to layer, which is not implemented.")
     return value[0]
 

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import CheckpointError, SaveError
-from ...files.safetensors import atomic_write
+from ...files.atomic import atomic_write
 from ...files.shards import DTYPES, INDEX_FILE, some
+from ...files.text import read_json
 from . import quantised
 from .config import CONFIG_FILE, GENERATION_FILE
 from .files import CONVERSION_FILE, PROMPT_FILE, PROMPT_TEXT_FILE, BaseFiles, Shards, decoder_shapes, inspect_base
@@ -183,10 +184,10 @@ def _claim(job: _Job) -> None:
     record = job.record() | {"source_sample": _sample(job.files)}
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            before = read_json(path, CheckpointError)
+        except CheckpointError:
             before = {}
-        changed = [key for key in record if not isinstance(before, dict) or before.get(key) != record[key]]
+        changed = [key for key in record if before.get(key) != record[key]]
         if changed:
             raise SaveError(
                 f"{target} holds another conversion: its {path.name} differs in {', '.join(changed)}. Choose an empty "

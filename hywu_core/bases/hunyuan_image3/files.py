@@ -16,13 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import comfy.ops
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors
 from ...files.shards import DTYPES, INDEX_FILE, Header, folder_shards, read_headers, some
+from ...files.text import read_text
 from . import quantised, vae, vision
 from .config import BaseConfig
 from .quantised import MARK, Stored
@@ -32,6 +32,7 @@ PROMPT_FILE, PROMPT_TEXT_FILE = "system_prompt.py", "system_prompt.txt"
 PROMPT_NAME = "unified_system_prompt_en"
 PROMPT_HASH = "78b97adc8e7c851ef90562269177a880d0ca0ff16e15c48841f013aad10d9706"  # of the released text
 VAE, TOWER = "vae.", ("vision_model.", "vision_aligner.")
+LONGEST_SOURCE = 2**20  # characters; the released system_prompt.py has some 20,000
 UNUSED = ("vision_model.head.",)  # a pooling head that nothing reads
 CONVERSION_FILE = "conversion.json"  # what a folder that the conversion writes is made from
 _BANK = re.compile(r"^(?P<layer>model\.layers\.\d+\.mlp\.experts)\.(?P<part>gate_and_up_proj|down_proj)\.weight$")
@@ -142,23 +143,29 @@ def read_system_prompt(folder: Path) -> str | None:
     """
     text_file, source = folder / PROMPT_TEXT_FILE, folder / PROMPT_FILE
     if text_file.is_file():
-        return text_file.read_text(encoding="utf-8").strip()
+        return _plain(read_text(text_file, CheckpointError).strip(), text_file)
     if not source.is_file():
         return None
+    text = read_text(source, CheckpointError)
+    if len(text) > LONGEST_SOURCE:
+        raise CheckpointError(f"{source} has {len(text):,} characters, which Instruct's has not. Download it again.")
     try:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: expressions nested too deep
         raise CheckpointError(f"{source} cannot be parsed ({error}). Download it again.") from None
     for node in tree.body:
         targets = [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
         if PROMPT_NAME in targets and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            return _known(node.value.value.strip(), source)
+            return _known(_plain(node.value.value.strip(), source), source)
     raise CheckpointError(f"{source} assigns no text to {PROMPT_NAME}. It belongs to another model; use Instruct's.")
 
 
 def decoder_shapes(config: BaseConfig) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the diffusion model's weights, experts in banks."""
-    model = HunyuanImage3(config, torch.bfloat16, torch.device("meta"), comfy.ops.disable_weight_init)
+    """{name: shape} of the diffusion model's weights, experts in banks.
+
+    Of torch's own layers: under dynamic VRAM the host's have no weights before they are loaded.
+    """
+    model = HunyuanImage3(config, torch.bfloat16, torch.device("meta"), nn)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -169,7 +176,7 @@ def official_shapes(config: BaseConfig) -> dict[str, tuple[int, ...]]:
         keys = expert_keys(name, config.num_experts)
         shapes |= dict.fromkeys(keys, shape[1:]) if keys else {name: shape}
     shapes |= {VAE + name: shape for name, shape in vae.expected_shapes(config.vae).items()}
-    tower = vision.build(config, torch.bfloat16).state_dict()
+    tower = vision.VisionTower(config, nn, device="meta", dtype=torch.bfloat16).state_dict()
     return shapes | {name: tuple(tensor.shape) for name, tensor in tower.items()}
 
 
@@ -224,6 +231,14 @@ def _check_census(folder: Path, config: BaseConfig, headers: Mapping[str, Header
             f"{folder} holds {len(known)} tensors where its config.json describes {len(expected)}, and they do not fit: "
             f"{some(problems, '; ')}. Download the files again, or use the config.json that belongs to them."
         )
+
+
+def _plain(prompt: str, source: Path) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{source} holds half a character ({error}). Download it again.") from None
+    return prompt
 
 
 def _known(prompt: str, source: Path) -> str:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...host.lora.experts import Rows
-from ...layout import FOREIGN_BANKS
+from ...host.lora.experts import ForeignMixture, Rows, register_foreign
 from .config import BaseConfig
 from .moe import Experts, MixtureOfExperts, Router
 from .transformer import HunyuanImage3
 
 OPTIONAL = ("lm_head", "model.ln_f")
+# name below `experts` -> name beside the router
+BANKS = {"gate_and_up_proj": "experts_gate_up_proj", "down_proj": "experts_down_proj"}
 
 
 class BorrowedBank(Rows, nn.Module):
@@ -44,7 +44,7 @@ class BorrowedBank(Rows, nn.Module):
 
 def is_foreign(mlp: nn.Module) -> bool:
     """Whether a mixture of experts keeps its banks as the other pack does."""
-    fits = all(hasattr(getattr(mlp, bank, None), "expert_linear") for bank in FOREIGN_BANKS.values())
+    fits = all(hasattr(getattr(mlp, bank, None), "expert_linear") for bank in BANKS.values())
     return fits and hasattr(getattr(mlp, "gate", None), "wg") and hasattr(mlp, "shared_mlp") and hasattr(mlp, "top_k")
 
 
@@ -53,16 +53,17 @@ def borrow_mixture(mlp: nn.Module) -> MixtureOfExperts:
     mixture = MixtureOfExperts.__new__(MixtureOfExperts)
     nn.Module.__init__(mixture)
     mixture.gate, mixture.shared_mlp = Router(mlp.gate.wg, mlp.top_k), mlp.shared_mlp
-    mixture.experts = Experts(*(BorrowedBank(getattr(mlp, bank)) for bank in FOREIGN_BANKS.values()))
+    mixture.experts = Experts(*(BorrowedBank(getattr(mlp, bank)) for bank in BANKS.values()))
     return mixture
 
 
 def borrow_decoder(theirs: nn.Module, config: BaseConfig) -> HunyuanImage3 | None:
     """Our decoder over somebody's modules, or None if their tree is another.
 
-    What they lack of OPTIONAL is left out: hidden states can be read, the next token cannot.
+    It is built of torch's own layers, which show which modules own weights: the host's may have none before they are
+    loaded. What they lack of OPTIONAL is left out: hidden states can be read, the next token cannot.
     """
-    ours = HunyuanImage3(config, getattr(theirs, "dtype", None), torch.device("meta"), comfy.ops.disable_weight_init)
+    ours = HunyuanImage3(config, getattr(theirs, "dtype", None), torch.device("meta"), nn)
     modules = dict(theirs.named_modules())
     for index, layer in enumerate(ours.model.layers):
         mlp = modules.get(f"model.layers.{index}.mlp")
@@ -83,3 +84,6 @@ def borrow_decoder(theirs: nn.Module, config: BaseConfig) -> HunyuanImage3 | Non
 def _is_leaf(module: nn.Module) -> bool:
     """Whether it owns weights."""
     return next(module.parameters(recurse=False), None) is not None
+
+
+register_foreign(ForeignMixture(BANKS, borrow_mixture))

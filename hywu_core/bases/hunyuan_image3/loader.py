@@ -84,7 +84,8 @@ def load_tower(
     tower = vision.build(files.config, stored)
     tower.load_state_dict({name: tensor.to(stored) for name, tensor in state.items()}, assign=True)
     patcher = vision.manage(tower)
-    return patcher, comfy.model_management.unet_manual_cast(stored, patcher.load_device) or stored
+    supported = HostConfig.supported_inference_dtypes
+    return patcher, comfy.model_management.unet_manual_cast(stored, patcher.load_device, supported) or stored
 
 
 def _fill(model: HostModel, files: BaseFiles, dtype: torch.dtype) -> None:

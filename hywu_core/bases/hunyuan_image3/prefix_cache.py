@@ -23,7 +23,7 @@ class PrefixKey(NamedTuple):
     """Everything that the prefix is computed from, except the weights, which stay as they are during a run."""
 
     layout: Any
-    adapters: tuple  # (identity, strength) of every LoRA that acts beside the weights
+    adapters: Any  # which LoRAs act beside the weights, and how strongly
     tensors: tuple[Tensor, ...]  # ids, and what the source pictures give
 
     def same(self, other: PrefixKey) -> bool:

@@ -21,6 +21,7 @@ from ...errors import CheckpointError
 
 MARK, SCALE, SCALE_2 = "comfy_quant", "weight_scale", "weight_scale_2"  # names beside "weight", as the host reads them
 FORMATS = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4"}  # ours: the host's
+LONGEST_MARK = 4096  # bytes
 STORED_AS = {"F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 _LARGEST = {"fp8": 448.0, "nvfp4": 448.0 * 6.0}  # what the scale brings a matrix's largest number to
 _QUANTISED = re.compile(
@@ -94,8 +95,10 @@ def read_mark(name: str, told: Tensor) -> str:
         CheckpointError: if it cannot be read, or names another format.
     """
     try:
+        if told.dtype != torch.uint8 or told.ndim != 1 or told.numel() > LONGEST_MARK:
+            raise ValueError(f"{list(told.shape)} of {told.dtype}")
         found = json.loads(bytes(told.tolist()))["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{name} is damaged ({error!r}). Convert or download the folder again.") from None
     for kind, hosts in FORMATS.items():
         if found == hosts and found in QUANT_ALGOS:

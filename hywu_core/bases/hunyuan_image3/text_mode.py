@@ -4,7 +4,6 @@ here, whatever the MODEL carries. Source: reference fact 4.
 
 from __future__ import annotations
 
-import uuid
 from typing import NamedTuple
 
 import comfy.model_management
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ...condition import HIDDEN_STATES, Condition, ConditionPart
 from ...errors import ConditionError
+from ...host.conditions import bare
 from .base_model import HostModel, working_memory
 from .edit import Edit
 from .foreign import borrow_decoder
@@ -70,10 +70,10 @@ def prepare(model: comfy.model_patcher.ModelPatcher, edit: Edit, sequence: Seque
             f"{' whose modules do not fit' if decoder is None else ' that has no head for text (lm_head)'}. What the "
             "generator reads is what that base itself sees."
         )
-    dtype, bare = base.get_dtype_inference(), without_loras(model)
+    dtype, alone = base.get_dtype_inference(), bare(model)
     room = working_memory(edit.config, dtype, 1, sequence.layout.length + more_tokens)
-    comfy.model_management.load_models_gpu([bare], memory_required=room)
-    device = bare.load_device
+    comfy.model_management.load_models_gpu([alone], memory_required=room)
+    device = alone.load_device
     scale = edit.config.vae.scaling_factor
     latents = tuple((latent * scale)[:, :, 0].to(device, dtype) for latent in edit.latents)
     vision = tuple(tokens.to(device, dtype) for tokens in edit.vision)
@@ -85,15 +85,3 @@ def _chosen(edit: Edit, logits: Tensor | None) -> Size:
         return edit.default_size
     ratios = torch.tensor(edit.builder.tokenizer.special.ratios)
     return buckets(edit.config.image_base_size)[int(logits[ratios].argmax())]
-
-
-def without_loras(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """The MODEL without weight patches and injections: a LoRA that is merged, or that the host's bypass loader applied, is
-    not in what is read. Ours beside the weights only act while the host samples.
-    """
-    if not (model.patches or model.injections):
-        return model
-    bare = model.clone()
-    bare.patches, bare.injections = {}, {}
-    bare.patches_uuid = uuid.uuid4()  # other weights than the MODEL it was cloned from
-    return bare

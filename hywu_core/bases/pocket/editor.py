@@ -17,13 +17,13 @@ import comfy.ldm.flux.model
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.supported_models
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors, write_safetensors
+from ...files.text import parse_json
 
 CONFIG_KEY = "pocket_editor_config"  # of the file's metadata
 FLUX_WIDTH, FLUX_PATCH = 3072, 2  # what the host's memory estimate for Flux was measured on, patch in latent pixels
@@ -86,8 +86,11 @@ def load_editor(path: str | Path, disable_dynamic: bool = False):
                 f"{path} is not a pocket editor: its metadata has no {CONFIG_KEY!r}. Reinstall the pack."
             )
         state = {name: handle.get_tensor(name) for name in handle.keys()}
-    values = json.loads(text)
-    config = EditorConfig(**values | {"axes_dim": tuple(values["axes_dim"])})
+    values = parse_json(text, f"{path} ({CONFIG_KEY})", CheckpointError)
+    try:
+        config = EditorConfig(**values | {"axes_dim": tuple(values["axes_dim"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a pocket editor: its {CONFIG_KEY} is damaged ({error!r}).") from None
     patcher = editor_from_state(state, config, disable_dynamic)
     patcher.cached_patcher_init = (load_editor, (str(path),))
     return patcher
@@ -123,7 +126,9 @@ def editor_from_state(state: dict[str, Tensor], config: EditorConfig, disable_dy
     model = model_config.get_model(state, "")
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=management.unet_offload_device())
-    model.load_model_weights(dict(state), "", assign=patcher.is_dynamic())
+    # in that dtype already: under dynamic VRAM the host's layers keep what they are given
+    given = {name: tensor.to(dtype) for name, tensor in state.items()}
+    model.load_model_weights(given, "", assign=patcher.is_dynamic())
     return patcher
 
 
@@ -145,6 +150,7 @@ def initial_state(config: EditorConfig, seed: int) -> dict[str, Tensor]:
 
 
 def _shapes(config: EditorConfig) -> dict[str, tuple[int, ...]]:
+    """Of torch's own layers: under dynamic VRAM the host's have no weights before they are loaded."""
     flux = comfy.ldm.flux.model.Flux(
         in_channels=3,
         out_channels=3,
@@ -163,7 +169,7 @@ def _shapes(config: EditorConfig) -> dict[str, tuple[int, ...]]:
         txt_ids_dims=[],
         dtype=torch.float32,
         device="meta",
-        operations=comfy.ops.disable_weight_init,
+        operations=torch.nn,
     )
     return {name: tuple(tensor.shape) for name, tensor in flux.state_dict().items()}
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors, write_safetensors
+from ...files.text import parse_json
 
 CONFIG_KEY = "pocket_text_config"  # of the file's metadata
 NAME = "pocket"  # of the encoder inside the host's CLIP
@@ -150,8 +151,14 @@ def load_text_encoder(path: str | Path, disable_dynamic: bool = False) -> comfy.
         if text is None:
             raise CheckpointError(f"{path} is not a pocket text encoder: its metadata has no {CONFIG_KEY!r}.")
         state = {name: handle.get_tensor(name) for name in handle.keys()}
-    values = json.loads(text)
-    clip = text_encoder_from_state(state, TextConfig(**values | {"words": tuple(values["words"])}), disable_dynamic)
+    values = parse_json(text, f"{path} ({CONFIG_KEY})", CheckpointError)
+    try:
+        config = TextConfig(**values | {"words": tuple(values["words"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a pocket text encoder: its {CONFIG_KEY} is damaged ({error!r})."
+        ) from None
+    clip = text_encoder_from_state(state, config, disable_dynamic)
     clip.patcher.cached_patcher_init = (_load_patcher, (str(path),))
     return clip
 
@@ -205,7 +212,8 @@ def _load_patcher(path: str, disable_dynamic: bool = False):
 
 
 def _transformer(config: TextConfig) -> TextTransformer:
-    return TextTransformer(config, torch.float32, "meta", comfy.ops.disable_weight_init)
+    """Without weights, of torch's own layers: under dynamic VRAM the host's have no shapes before they are loaded."""
+    return TextTransformer(config, torch.float32, "meta", torch.nn)
 
 
 def _tokenizer(config: TextConfig, embedding_directory=None, tokenizer_data=None):

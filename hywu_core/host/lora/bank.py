@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
+import comfy_aimdo.model_vbar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,12 +32,22 @@ class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     @contextmanager
     def near(self, x: Tensor) -> Iterator[Tensor]:
-        """The factor on x's device in x's dtype."""
+        """The factor on x's device in x's dtype, in memory of its own. The buffers that the host streams weights through hold
+        one weight each, and a bank of experts may stand in them while its adapters run.
+        """
+        if not self._has_a_page():
+            yield comfy.model_management.cast_to(self.weight, x.dtype, x.device)
+            return
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
         try:
             yield weight
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def _has_a_page(self) -> bool:
+        """Whether the host's dynamic memory has room for it on the device."""
+        page = getattr(self, "_v", None)
+        return page is not None and comfy_aimdo.model_vbar.vbar_fault(page) is not None
 
 
 class Adapter(torch.nn.Module):
@@ -46,22 +59,21 @@ class Adapter(torch.nn.Module):
         self.path, self.scale = match.module, scale
         self.start, self.length = match.start, match.length
         self.grouped = match.pair.grouped
+        self.channels_first = match.channels_first
 
     def add_to(self, y: Tensor, x: Tensor, strength: float, routing: Any = None) -> Tensor:
-        """The layer's output with this adapter's added: y (..., out), x (..., in)."""
+        """The layer's output with this adapter's added: y (..., out), x (..., in); of a convolution (B, out, ...)."""
+        if self.channels_first:
+            y, x = y.movedim(1, -1), x.movedim(1, -1)
         with self.down.near(x) as down, self.up.near(x) as up:
             down = down * (strength * self.scale)  # the smallest of the tensors that it could be multiplied into
             delta = grouped_delta(x, down, up, routing) if self.grouped else delta_of(x, down, up)
-        if self.length is None:
-            return y + delta
-        return torch.cat(
-            (
-                y[..., : self.start],
-                y[..., self.start : self.start + self.length] + delta,
-                y[..., self.start + self.length :],
-            ),
-            dim=-1,
-        )
+        y = y + delta if self.length is None else self._add_to_rows(y, delta)
+        return y.movedim(-1, 1) if self.channels_first else y
+
+    def _add_to_rows(self, y: Tensor, delta: Tensor) -> Tensor:
+        before, rows, behind = y.tensor_split((self.start, self.start + self.length), dim=-1)
+        return torch.cat((before, rows + delta, behind), dim=-1)
 
 
 class Bank(torch.nn.Module):
@@ -70,6 +82,20 @@ class Bank(torch.nn.Module):
     def __init__(self, matches: tuple[Match, ...], scale: float):
         super().__init__()
         self.adapters = torch.nn.ModuleList(Adapter(match, scale) for match in matches)
+
+
+def bank_patcher(
+    matches: tuple[Match, ...], scale: float, device: torch.device, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """A bank under the host's memory management. It can be made again, for another GPU and for a clone of the MODEL without
+    dynamic memory.
+    """
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(
+        Bank(matches, scale), load_device=device, offload_device=comfy.model_management.unet_offload_device()
+    )
+    patcher.cached_patcher_init = (bank_patcher, (matches, scale, device))
+    return patcher
 
 
 def delta_of(x: Tensor, down: Tensor, up: Tensor) -> Tensor:

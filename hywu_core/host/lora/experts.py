@@ -6,7 +6,7 @@ Letters: B batch · L length · E experts · k experts per token · rows = B * L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,41 @@ import torch
 import torch.nn.functional as F
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
+
+
+class ForeignMixture(NamedTuple):
+    """How another pack keeps a mixture of experts whose banks a base of ours has below `experts`. Its banks are never called,
+    so a mixture of ours runs in its place while a LoRA acts.
+    """
+
+    # name below `experts` -> name beside the router
+    banks: Mapping[str, str]
+    # their mixture -> one of ours over its modules, with the banks below `experts`
+    borrow: Callable[[nn.Module], nn.Module]
+
+
+_foreign: list[ForeignMixture] = []
+
+
+def register_foreign(mixture: ForeignMixture) -> None:
+    """Called once by the base that knows it."""
+    _foreign.append(mixture)
+
+
+def other_place(path: str) -> str:
+    """Where another pack keeps the bank at a path of ours; the same path if nobody does."""
+    mixture, _, bank = path.rpartition(".experts.")
+    return next((f"{mixture}.{known.banks[bank]}" for known in _foreign if bank in known.banks), path)
+
+
+def foreign_bank(path: str) -> tuple[ForeignMixture, str] | None:
+    """Of another pack's bank: whose it is, and its name below our `experts`."""
+    name = path.rpartition(".")[2]
+    for known in _foreign:
+        for ours, theirs in known.banks.items():
+            if theirs == name:
+                return known, ours
+    return None
 
 
 class Routing(NamedTuple):
@@ -77,13 +112,13 @@ class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
     @contextmanager
     def bank_resident(self, x: Tensor) -> Iterator[None]:
         """For the time of the block, the whole bank is where x is."""
-        weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-        object.__setattr__(self, "_resident", weight)  # not as one more parameter of the module
-        try:
-            yield
-        finally:
-            self._resident = None
-            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        with _cast(self, x) as (weight, _):
+            # not as one more parameter of the module
+            object.__setattr__(self, "_resident", weight)
+            try:
+                yield
+            finally:
+                self._resident = None
 
     def expert_linear(self, x: Tensor, expert: int) -> Tensor:
         """x (rows, in) -> (rows, out) of one expert, inside `bank_resident`."""
@@ -94,10 +129,38 @@ class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
         return self.weight[expert]
 
 
+class QuantizedRows(Rows):
+    """Beside the host's own bank."""
+
+    @contextmanager
+    def bank_resident(self, x: Tensor) -> Iterator[None]:
+        """See the host's MoEExperts."""
+        with _cast(self, x) as self._resident_bank:
+            try:
+                yield
+            finally:
+                self._resident_bank = None
+
+
+@contextmanager
+def _cast(bank: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias on x's device. The host streams each through the head of a stream's buffer, and a layer uses two banks
+    at once: where there is only one stream, a bank comes into memory of its own.
+    """
+    if comfy.model_management.NUM_STREAMS == 1 and not hasattr(bank, "_v"):
+        yield comfy.ops.cast_bias_weight(bank, x)
+        return
+    weight, bias, stream = comfy.ops.cast_bias_weight(bank, x, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(bank, weight, bias, stream)
+
+
 def make_bank(operations: Any, num_experts: int, in_features: int, out_features: int, **factory: Any) -> nn.Module:
     """A bank of the host's own kind where its operations have one (quantised files), else a plain one."""
     hosts = getattr(operations, "MoEExperts", None)
-    kind = ExpertBank if hosts is None else type("QuantizedExpertBank", (Rows, hosts), {})
+    kind = ExpertBank if hosts is None else type("QuantizedExpertBank", (QuantizedRows, hosts), {})
     return kind(num_experts, in_features, out_features, bias=False, **factory)
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
 
 from ...errors import LoraError, SaveError
-from ...files.lora_files import Dialect, from_state_dict, load_lora, save_lora
+from ...files.atomic import no_empty_folders
+from ...files.lora_files import Dialect, grouped_targets, read_file, save_lora, to_state_dict
+from ...files.names import below
 from ...lora import InstanceLora, blend, truncate
 from .. import progress
+from . import foreign
+from .matching import canonical
 
 FOLDER = "loras"
-_SEPARATORS = re.compile(
-    r",?[\s;\uff1b\uff0c\u3001]+"
-)  # also full-width ones; a comma with nothing after it is left in the word
+# also full-width ones; a comma between two characters is left in the word
+_SEPARATORS = re.compile(r",?[\s;\uff1b\uff0c\u3001]+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+%?$")
 SAVE_DTYPES = {
     "as generated": None,
@@ -28,6 +33,8 @@ SAVE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Bases, by the host's classes, whose modules are called as in diffusers.
+DIFFUSERS_NAMES = {"QwenImage"}
 
 
 def names() -> list[str]:
@@ -40,36 +47,81 @@ def modified(name: str) -> float:
     return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, name))
 
 
-def load(name: str) -> InstanceLora:
+def load(name: str, model: Any = None) -> InstanceLora:
     """Load a LoRA file by its name.
 
+    Args:
+        model: a MODEL that has it; then its targets get the base's own names.
     Raises:
-        LoraError: see `load_lora`.
+        LoraError: if it is damaged, or no LoRA that the host knows.
+        MatchError: if the model has none of its targets.
     """
-    return load_lora(folder_paths.get_full_path_or_raise(FOLDER, name))
+    path = Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    try:
+        lora = foreign.read(*read_file(path))
+    except LoraError as error:
+        text = str(error)
+        raise LoraError(text if str(path) in text else f"{path}: {text}") from error
+    return lora if model is None else canonical(lora, model.model)
 
 
 def save_to_output(lora: InstanceLora, prefix: str, dialect: Dialect, dtype: torch.dtype | None) -> Path:
-    """Save every instance of a LoRA as a file of its own, numbered on from what is there.
+    """Save every instance of a LoRA as a file (peft: a folder) of its own, numbered on from what is there.
 
     Returns:
-        the path of the last file.
+        the path of the last one.
     Raises:
+        LoraError: if the dialect cannot hold it.
         SaveError: if the folder cannot be written to.
     """
+    diffusers = lora.metadata.get("base") in DIFFUSERS_NAMES
     for index in range(lora.batch):
-        path = save_lora(lora.select(index), output_path(prefix), dialect, dtype)
+        path = save_lora(lora.select(index), output_path(prefix), dialect, dtype, diffusers)
     return path
+
+
+def remarks(lora: InstanceLora, dialect: Dialect) -> str:
+    """What a saved LoRA does not do where one would expect it; nothing if there is nothing to say."""
+    experts = grouped_targets(lora)
+    if dialect == "stock" and experts:
+        return (
+            f"{experts} of {len(lora.names)} targets are banks of experts, for which ComfyUI's own LoRA loader has no key: "
+            "it loads the others only. Load Instance LoRA reads them all."
+        )
+    base = lora.metadata.get("base")
+    if dialect == "peft" and not lora.foreign and base not in DIFFUSERS_NAMES:
+        return (
+            f"For PEFT around a model with the module names that ComfyUI has for {base or 'this base'}. Where those of "
+            "diffusers differ, as for Flux, its pipelines do nothing with this folder: give them a file of the format stock."
+        )
+    return ""
+
+
+def for_the_host(lora: InstanceLora) -> dict[str, torch.Tensor]:
+    """A LORA_MODEL of the first instance. Warns of what the host's own nodes ignore in it."""
+    if said := remarks(lora, "stock"):
+        logging.warning("HY-WU: of the output lora_model, %s", said)
+    return to_state_dict(lora.select(0))
+
+
+def beside_the_pairs(loras: Sequence[InstanceLora]) -> str:
+    """A line on what of LoRAs is no pair of factors, which norms and cosines do not count; nothing if there is nothing."""
+    others = sum(len(part.keys) for lora in loras for part in lora.parts)
+    return f"\nnot counted: {others} tensors that are no pairs of low-rank factors" if others else ""
 
 
 def output_path(prefix: str) -> Path:
     """The next free file name below the host's output folder for a prefix such as "loras/hywu".
 
     Raises:
-        SaveError: if the folder cannot be made, or lies outside the output folder.
+        SaveError: if the folder cannot be made or lies outside the output folder, or a name in it cannot be one.
     """
+    root, relative = folder_paths.get_output_directory(), prefix.replace("\\", "/")
+    if not os.path.isabs(relative) and ".." not in relative.split("/"):
+        below(root, relative, "LoRA files")
     try:
-        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        with no_empty_folders(Path(root, relative).parent):  # what writes the file makes them, if it can
+            folder, name, counter, *_ = folder_paths.get_save_image_path(relative, root)
     except Exception as error:  # the host raises a bare Exception for a path outside its output folder
         raise SaveError(
             f"Cannot save to {prefix!r}: {error}. Choose a name below ComfyUI's output folder, in a folder that can be "
@@ -82,9 +134,9 @@ def as_instance_lora(lora: InstanceLora | Mapping[str, torch.Tensor]) -> Instanc
     """An InstanceLora as it is; a LORA_MODEL (the host's plain state dict) read into one.
 
     Raises:
-        LoraError: if it is no plain low-rank LoRA.
+        LoraError: if it is no LoRA that the host knows.
     """
-    return lora if isinstance(lora, InstanceLora) else from_state_dict(lora)
+    return lora if isinstance(lora, InstanceLora) else foreign.read(lora)
 
 
 def blend_from_text(loras: Sequence[InstanceLora], weights: str, max_rank: int = 0) -> InstanceLora:

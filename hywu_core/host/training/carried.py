@@ -148,7 +148,8 @@ def _ours(lora: Applied) -> Applied:
     with torch.inference_mode(False):
         for adapter in lora.bank.adapters:
             pair = LoraFactor(*(factor.weight.detach().cpu().clone() for factor in (adapter.down, adapter.up)))
-            matches.append(Match(adapter.path, pair, adapter.path, adapter.start, adapter.length))
+            where = adapter.path, adapter.start, adapter.length, adapter.channels_first
+            matches.append(Match(adapter.path, pair, *where))
         return lora._replace(bank=Bank(tuple(matches), lora.bank.adapters[0].scale if matches else 1.0))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import MatchError
+from ..model import layer_of
 
 SMOOTHING = "pre_quant_scale"  # of some quantised layers: what their input is multiplied by
 
@@ -61,8 +62,8 @@ def refuse_untrainable(base: Any) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it multiplies its input by one matrix, whatever that is stored as."""
-    sides = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return all(isinstance(side, int) for side in sides) and not hasattr(module, "num_experts")
+    layer = layer_of(module)
+    return layer is not None and layer.experts is None and not layer.channels_first
 
 
 @contextmanager

@@ -14,7 +14,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ...files.safetensors import atomic_write
+from ...errors import SaveError
+from ...files.atomic import atomic_write
+from ...files.text import read_json
 from ...training import SessionOptions, TrainingError
 from ...training.log import LOG, STATE, VALIDATION
 from ...training.options import REFUSE, RESTART
@@ -43,7 +45,7 @@ def claim(folder: Path, now: Mapping[str, Any], options: SessionOptions) -> bool
         _check_same(folder, now)
     else:
         for file in (*(folder / name for name in (STATE, LOG, VALIDATION)), *folder.glob("step-*.png")):
-            file.unlink(missing_ok=True)
+            _remove(file)
     kept = {BEGUN: begun(folder) if goes_on else date.today().isoformat()}
     with atomic_write(folder / FILE) as temporary:
         temporary.write_text(json.dumps({**now, **kept}, indent=1), encoding="utf-8")
@@ -54,6 +56,13 @@ def begun(folder: Path) -> str:
     """The day on which the run of a folder was begun, as its file says; "" if that does not say."""
     day = json.loads((folder / FILE).read_text(encoding="utf-8")).get(BEGUN, "")
     return day if isinstance(day, str) and len(day) <= len("2000-01-01") else ""
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(f"{file} of the run before cannot be removed ({error}). Close what has it open.") from error
 
 
 def digest(values: Iterable[Any]) -> str:
@@ -89,10 +98,8 @@ def _check_same(folder: Path, now: Mapping[str, Any]) -> None:
         "use a new run name or folder."
     )
     try:
-        before = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        before = read_json(folder / FILE, TrainingError, remedy="")
+    except TrainingError as error:
         raise TrainingError(
             f"{folder} holds a run's state, but {FILE} beside it does not say of which ({error}). {ways}"
         ) from None

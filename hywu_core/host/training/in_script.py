@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from ...condition import SOURCES, Condition
 from ...config import GeneratorConfig
 from ...errors import ConfigError, HywuError
+from ...files.text import read_text
 from ...lineage import instructions as as_kept
 from ...training import SampleSource, TrainingError
 from ...training.distributed import Accelerated, share_state
@@ -248,10 +249,7 @@ def _generator(run: RunConfig, model: Any, pairs: Pairs) -> GeneratorHandle:
     if run.generator and path.suffix != ".json":
         return memory.load(path)
     if run.generator:
-        try:
-            config = GeneratorConfig.from_json(path.read_text(encoding="utf-8-sig"), str(path))
-        except OSError as error:
-            raise ConfigError(f"The generator's configuration {path} cannot be read ({error.strerror}).") from None
+        config = GeneratorConfig.from_json(read_text(path, ConfigError, ""), str(path))
     else:
         config = _new_config(run, model, pairs.example())
     return memory.new(config, run.training.seed)

@@ -19,8 +19,8 @@ import folder_paths
 import torch
 from comfy_execution.utils import get_executing_context
 
-from ...errors import SaveError
-from ...files.safetensors import atomic_write
+from ...files.atomic import atomic_write
+from ...files.names import below
 from ...lineage import instructions as as_kept
 from ...training import SessionOptions, TrainConfig
 from .. import folders, streaming
@@ -198,15 +198,9 @@ def run_folder(name: str) -> Path:
     """The folder of a run.
 
     Raises:
-        SaveError: for a name that is empty or leads out of the output folder.
+        SaveError: for a name that cannot be one, see `below`.
     """
-    root = Path(os.path.normpath(os.path.join(folder_paths.get_output_directory(), FOLDER)))
-    folder = Path(os.path.normpath(root / name.strip()))
-    if not name.strip() or folder == root or not folder.is_relative_to(root):
-        raise SaveError(
-            f"{name!r} is no name for a run. Use a plain name such as my-edits; its folder is made in {root}."
-        )
-    return folder
+    return below(os.path.join(folder_paths.get_output_directory(), FOLDER), name, "a run")
 
 
 def _named(task: Task, name: str) -> Task:
@@ -230,9 +224,8 @@ class ServerFront(Front):
     def generator_file(self, step: int | None) -> Path:
         if step is None:
             return self.folder / GENERATOR
-        return (
-            Path(folder_paths.get_folder_paths(folders.FOLDER)[0]) / self.name.strip() / f"step-{step:06}.safetensors"
-        )
+        root = folder_paths.get_folder_paths(folders.FOLDER)[0]
+        return below(root, self.name, "a run") / f"step-{step:06}.safetensors"
 
     def say(self, text: str) -> None:
         logging.info("HY-WU: %s", text)

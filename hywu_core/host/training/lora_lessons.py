@@ -18,12 +18,14 @@ import torch
 
 from ...config import GeneratorConfig
 from ...errors import HywuError, LoraError
-from ...files.lora_files import load_lora
+from ...files.lora_files import own_metadata, read_file
 from ...files.safetensors import open_safetensors
+from ...files.text import read_text
 from ...layout import Target, full_name, place, targets
 from ...lora import InstanceLora, LoraFactor, norms
 from ...training import Sample, TrainConfig
 from ...training.weight_space import Lesson
+from ..lora import foreign
 from ..lora.matching import Match, match
 from .identity import digest
 from .lessons import LORAS, Asked, HostLesson, LessonError
@@ -65,7 +67,7 @@ def collect(folder: Path, base: Any, config: GeneratorConfig) -> list[Collected]
     found, problems = [], []
     for path, texts in _named(folder).items():
         try:
-            found.append(Collected(path, texts, aligned(load_lora(path), base, config, path.name)))
+            found.append(Collected(path, texts, aligned(foreign.read(*read_file(path)), base, config, path.name)))
         except HywuError as error:
             text = str(error)
             problems.append(text if path.name in text else f"{path.name}: {text}")
@@ -98,9 +100,13 @@ def aligned(lora: InstanceLora, base: Any, config: GeneratorConfig, name: str) -
     """
     if lora.batch != 1:
         raise LoraError(f"{name} holds {lora.batch} instances; a file holds one.")
-    if not all(torch.isfinite(factor).all() for pair in lora.pairs for factor in pair):
+    if not all(torch.isfinite(factor.float()).all() for pair in lora.pairs for factor in pair):
         raise LoraError(f"{name} holds NaN or infinity.")
     found = match(lora, base)
+    if found.patches:
+        raise LoraError(
+            f"{name} holds what is no pair of factors beside a layer, and cannot be written so: {found.kinds}."
+        )
     by_module: dict[str, list[Match]] = {}
     for part in found.matched:
         by_module.setdefault(part.module, []).append(part)
@@ -118,9 +124,9 @@ def aligned(lora: InstanceLora, base: Any, config: GeneratorConfig, name: str) -
             f"{name} changes nothing of what this generator writes LoRAs for ({len(lora.names)} targets, such as "
             f"{lora.names[0]}). Make a generator with those targets (target_names), or use LoRAs of its own."
         )
-    left = len(lora.names) - len(used)
+    left = len({part.name for part in found.matched} - used) + len(found.missing)
     if left:
-        logging.warning("HY-WU: %d of %d targets of %s are not written by this generator.", left, len(lora.names), name)
+        logging.warning("HY-WU: %d of %d targets of %s are not written by this generator.", left, found.total, name)
     return result
 
 
@@ -235,16 +241,9 @@ def _beside(path: Path) -> tuple[str, ...]:
             return tuple(dict.fromkeys(line for line in lines if line))
     with open_safetensors(path, LoraError) as handle:
         header = handle.metadata() or {}
-    try:
-        ours = json.loads(header.get("hywu", "{}"))
-    except (ValueError, RecursionError):
-        ours = {}
-    text = (ours.get("instruction") if isinstance(ours, dict) else None) or header.get("instruction", "")
+    text = own_metadata(header).get("instruction") or header.get("instruction", "")
     return (text.strip(),) if isinstance(text, str) and text.strip() else ()
 
 
 def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LessonError(f"{file} cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from None
+    return read_text(file, LessonError, "Save it as UTF-8.")

@@ -29,6 +29,8 @@ from ..model import find_stacks
 from .carried import Carried
 from .frozen import frozen, refuse_untrainable
 
+WITH_BACKWARD = 3  # times what the host reckons with for a pass without one
+
 
 class GraphFactor:
     """A factor that carries a graph, where a bank for inference has weights."""
@@ -92,7 +94,11 @@ class DiffusionObjective:
 
     def prepare(self) -> None:
         """Have the host load the base. Call once before a run, and again after others used the memory."""
-        comfy.model_management.load_models_gpu(self.patchers, force_full_load=True)
+        comfy.model_management.load_models_gpu(self.patchers, force_full_load=self.train_base)
+
+    def room(self, sample: Sample, count: int) -> int:
+        """Bytes that a pass of `count` such samples is thought to need beside the weights, backward included."""
+        return WITH_BACKWARD * int(self.base.memory_required((count, *sample.latent.shape)))
 
     def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
         """See `hywu_core.training.trainer.Objective`."""
@@ -178,7 +184,7 @@ class DiffusionObjective:
     @contextmanager
     def in_training(self, lora: InstanceLora | None, sigma: Tensor) -> Iterator[None]:
         """For the time of the block, the host in training mode, LoRAs beside the base, in-place operations made safe."""
-        before = comfy.model_management.in_training
+        before = comfy.model_management.in_training, self.base.current_patcher
         comfy.model_management.in_training = True
         self.base.current_patcher = self.patcher
         adapters = self.carried.adapters(self.base.model_sampling, sigma)
@@ -195,7 +201,7 @@ class DiffusionObjective:
                     undo.enter_context(checkpointed(self.base.diffusion_model, stack))
                 yield
         finally:
-            comfy.model_management.in_training = before
+            comfy.model_management.in_training, self.base.current_patcher = before
 
     @contextmanager
     def _naming_what_is_in_the_way(self) -> Iterator[None]:

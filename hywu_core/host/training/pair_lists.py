@@ -126,6 +126,10 @@ def _csv_rows(file: Path, problems: list[str]) -> Iterator[tuple[dict[str, str],
         named = ", ".join(repr(name) for name in headings[0]) or "nothing"
         raise PairError(f"{file}, line 1: the heading names {named}. It must name {', '.join(COLUMNS)}.")
     reader, heading = readers[chosen], headings[chosen]
+    plain = [name.lower() for name in heading if name]
+    twice = next((name for name in plain if plain.count(name) > 1), None)
+    if twice:
+        raise PairError(f"{file}, line 1: the heading names {twice!r} twice.")
     while True:
         where = f"{file}, line {reader.line_num + 1}"
         try:

@@ -66,7 +66,7 @@ class Reading(NamedTuple):
 
 
 def read_pairs(folder: Path, size: int = 0, background: str = pictures.BACKGROUND) -> list[Pair]:
-    """All pairs of a folder, every picture decoded once.
+    """All pairs of a folder, every picture looked at.
 
     Args:
         size, background: see `Reading`; without a size, both pictures of a pair must have one size.

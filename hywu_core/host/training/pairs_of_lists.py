@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...condition import HIDDEN_STATES, Condition, assemble, expected_parts
+from ...condition import HIDDEN_STATES, REFERENCE_LATENT, Condition, ConditionPart, assemble, expected_parts
 from ...config import GeneratorConfig
 from ...training.data import Sample
 from ..conditions import from_host
@@ -25,27 +24,51 @@ IGNORED = {name: None for name in ("control", "mask", "area", "hooks", "gligen")
 IGNORED |= {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
 
 
-class HostPairs:
+class KeptPair(NamedTuple):
+    """A pair as it is kept: equal tensors of several pairs, such as those of an instruction, are one."""
+
+    latent: Tensor
+    entry: Any  # of the CONDITIONING that the base reads
+    condition: Condition  # in its parts; as one sequence it would be mostly zeros
+    instruction: str  # equal where the same instruction was given
+    key: str
+
+
+class HostPairs(Sequence):
     """Pairs whose conditions were computed once. See `hywu_core.training.SampleSource`.
 
     Args:
-        samples: the pairs.
-        instructions: pairs with an equal entry were given the same instruction.
+        config: of the generator that reads the conditions.
     """
 
-    def __init__(self, samples: Sequence[Sample], instructions: Sequence[str]):
-        self.samples, self.instructions = tuple(samples), tuple(instructions)
+    def __init__(self, kept: Sequence[KeptPair], config: GeneratorConfig):
+        self.kept, self.config = tuple(kept), config
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Sample:
+        pair = self.kept[index]
+        condition = assemble(pair.condition, self.config)[0].float()
+        return Sample(pair.latent, pair.entry, condition, pair.key)
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """The pairs, each put together when it is asked for."""
+        return self
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Pairs with an equal entry were given the same instruction."""
+        return tuple(pair.instruction for pair in self.kept)
 
     def sample(self, index: int, source: torch.Generator) -> Sample:
         """The pair at an index; nothing of it is random."""
-        return self.samples[index]
+        return self[index]
 
     def chosen(self, indices: Sequence[int]) -> HostPairs:
         """Some of the pairs."""
-        return HostPairs([self.samples[i] for i in indices], [self.instructions[i] for i in indices])
+        return HostPairs([self.kept[i] for i in indices], self.config)
 
     def split(self, held_out: int) -> tuple[HostPairs, HostPairs]:
         """Pairs to train on and `held_out` others, taken evenly from the list so that every kind of edit is among them.
@@ -69,12 +92,12 @@ class HostPairs:
 
     def identity(self) -> dict[str, str]:
         """Digests by which a run knows its data again."""
-        entries = [sample.conditioning for sample in self.samples]
+        entries = [pair.entry for pair in self.kept]
         words = [[tokens, {n: v for n, v in options.items() if n != REFERENCES}] for tokens, options, *_ in entries]
         return {
-            "pictures": digest([[s.latent, s.conditioning[1].get(REFERENCES, ())] for s in self.samples]),
+            "pictures": digest([[pair.latent, pair.entry[1].get(REFERENCES, ())] for pair in self.kept]),
             "instructions": digest([words, self.instructions]),
-            "conditions": digest([sample.condition for sample in self.samples]),
+            "conditions": digest([pair.condition.parts for pair in self.kept]),
         }
 
 
@@ -110,7 +133,7 @@ def host_pairs(
             f"There {'is one training pair' if pairs else 'are no training pairs'}, and with fewer than two there is "
             "nothing for a generator to tell apart. Give more pairs; for a single one, train an ordinary LoRA."
         )
-    samples, instructions = [], []
+    kept, known = [], {}
     with torch.inference_mode(False), torch.no_grad():
         for index, pair in enumerate(pairs):
             key = f"pair {index + 1}"
@@ -120,14 +143,15 @@ def host_pairs(
                 raise PairError(
                     f"What the generator reads of {key} is a batch of {condition.batch}; give one for each pair."
                 )
-            tokens = _own(assemble(condition, config)[0].cpu())
-            latent = _own(_as_the_base_has_it(model, pair.latent))
-            samples.append(Sample(latent, _own(pair.entry), tokens, key))
-            instructions.append(_digest(condition.parts[0].tokens))
+            # here, where an error still has its pair
+            assemble(condition, config)
+            latent = _own(_as_the_base_has_it(model, pair.latent), known)
+            instruction = digest([condition.parts[0].tokens])
+            kept.append(KeptPair(latent, _own(pair.entry, known), _parts(condition, known), instruction, key))
             comfy.model_management.throw_exception_if_processing_interrupted()
             if progress:
                 progress(index + 1, len(pairs))
-    return HostPairs(samples, instructions)
+    return HostPairs(kept, config)
 
 
 def _paired(latents: Sequence[dict], positive: Sequence[list], reads: Sequence[Any] | None) -> list[_Pair]:
@@ -222,16 +246,28 @@ def _as_the_base_has_it(model: comfy.model_patcher.ModelPatcher, latent: Tensor)
     return latent.unsqueeze(1) if wants_time and latent.ndim == 3 else latent
 
 
-def _own(value: Any) -> Any:
-    """The same with tensors that may take part in a backward pass: nodes get and make such that may not."""
+def _parts(condition: Condition, known: dict[str, Tensor]) -> Condition:
+    """The parts in half their size, but for the latent that the base reads as well and that is there anyhow."""
+    parts = []
+    for kind, tokens in condition.parts:
+        narrow = tokens if kind == REFERENCE_LATENT else tokens.to(torch.bfloat16)
+        parts.append(ConditionPart(kind, _own(narrow.cpu(), known)))
+    return condition._replace(parts=tuple(parts))
+
+
+def _own(value: Any, known: dict[str, Tensor]) -> Any:
+    """The same with tensors that may take part in a backward pass: nodes get and make such that may not. One of each.
+
+    Args:
+        known: {digest: tensor} of those that there are.
+    """
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        name = digest([value])
+        if name not in known:
+            known[name] = value.detach().clone()
+        return known[name]
     if isinstance(value, dict):
-        return {name: _own(part) for name, part in value.items()}
+        return {name: _own(part, known) for name, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_own(part) for part in value)
+        return type(value)(_own(part, known) for part in value)
     return value
-
-
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

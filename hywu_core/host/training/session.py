@@ -36,6 +36,7 @@ from ...training import (
 )
 from ...training.data import batch_of
 from ...training.log import STATE
+from ...training.memory import graph_bytes
 from ...training.options import PRECISIONS
 from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss
@@ -147,33 +148,34 @@ class Session:
         self.generator = memory.trainable_copy(task.handle)
         self.generator.checkpoint_blocks = options.checkpoint_generator
         self.patcher = memory.manage_training(self.generator)
-        goes_on = self.main and claim(folder, self._identity(config), options)
-        self.begun = begun(folder) if self.main else ""
-        self.load(task.pairs.sample(0, torch.Generator()) if learns else None, config)
-        trainable = GeneratorTrainable(self.generator, PRECISIONS[options.precision])
-        lessons = WeightSpace([found.lesson for found in task.lessons], config.seed)
-        self.trainer = Trainer(
-            trainable, self.objective, task.pairs if learns else None, config, communication, front.check, lessons
-        )
+        self.trainer: Trainer | None = None
         self.log: RunLog | None = None
-        if goes_on:
-            self.trainer.resume(folder / STATE)
-            front.say(f"The run in {folder} goes on after step {self.trainer.done}.")
+        try:
+            self._begin(config, communication)
+        except Exception:
+            self.release()
+            raise
         self._at: tuple[float, float] | None = None
         self._held_out: tuple[float, float] | None = None
         self._began: tuple[float, int] | None = None
 
-    def load(self, sample: Sample | None = None, config: TrainConfig | None = None) -> None:
-        """Have the host load base and generators; for a first time with room for what training needs beside them."""
-        room = 0
-        if config is not None:
-            weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
-            room = COPIES * weights
-        if sample is not None:
-            size = config.micro_batch or config.batch
-            room += self.objective.base.memory_required((size, *sample.latent.shape))
-        patchers = [*(self.objective.patchers if self.objective else ()), self.patcher, *self._teachers]
-        comfy.model_management.load_models_gpu(patchers, memory_required=room, force_full_load=True)
+    def _begin(self, config: TrainConfig, communication: Communication) -> None:
+        goes_on = self.main and claim(self.folder, self._identity(config), self.options)
+        self.begun = begun(self.folder) if self.main else ""
+        trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
+        pairs = self.task.pairs if self.objective else None
+        self._room = self._needed(trainable, config, pairs.sample(0, torch.Generator()) if pairs else None)
+        self.load()
+        lessons = WeightSpace([found.lesson for found in self.task.lessons], config.seed)
+        self.trainer = Trainer(trainable, self.objective, pairs, config, communication, self.front.check, lessons)
+        if goes_on:
+            self.trainer.resume(self.folder / STATE)
+            self.front.say(f"The run in {self.folder} goes on after step {self.trainer.done}.")
+
+    def load(self) -> None:
+        """Have the host load generators and base, with room for what training needs beside them. The base may be elsewhere."""
+        patchers = [self.patcher, *self._teachers, *(self.objective.patchers if self.objective else ())]
+        comfy.model_management.load_models_gpu(patchers, memory_required=self._room)
 
     def run(self) -> None:
         """All steps that are left. Whatever ends it early, state and generator of the last whole step are kept.
@@ -238,7 +240,8 @@ class Session:
         if objective:
             own_base = objective.patcher.model is not self.task.model.model
             only_ours += [*objective.banks, *([objective.patcher] if own_base else [])]
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        if self.trainer:
+            self.trainer.optimizer.zero_grad(set_to_none=True)
         if self.log:
             self.log.close()
         for patcher in only_ours:
@@ -266,6 +269,17 @@ class Session:
     @property
     def _teachers(self) -> list[comfy.model_patcher.ModelPatcher]:
         return [patcher for found in self.task.lessons for patcher in found.patchers]
+
+    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, pair: Sample | None) -> int:
+        """Bytes beside the weights, for a run on pairs like one, or on lessons in weight space alone."""
+        weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
+        samples = [*([pair] if pair else ()), *(found.lesson.samples[0] for found in self.task.lessons)]
+        length = max(sample.condition.shape[0] for sample in samples)
+        graph = graph_bytes(self.generator.config, length, trainable.dtype, self.generator.checkpoint_blocks)
+        most = max([config.batch] * bool(pair) + [found.lesson.batch for found in self.task.lessons])
+        graphs = graph * min(most, trainable.graphs_at_once(samples))
+        room = self.objective.room(pair, config.micro_batch or config.batch) if pair else 0
+        return COPIES * weights + graphs + room
 
     def _identity(self, config: TrainConfig) -> Mapping[str, Any]:
         task = self.task

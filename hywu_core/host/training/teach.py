@@ -15,7 +15,8 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...files.safetensors import atomic_write
+from ...files.atomic import atomic_write
+from ...files.text import read_text
 from ...lineage import instructions as as_kept
 from ...training import SessionOptions, TrainConfig
 from ..conditions import from_host
@@ -305,10 +306,7 @@ def read_lines(file: Path) -> list[str]:
     Raises:
         LessonError: if it cannot be read.
     """
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LessonError(f"{file} cannot be read as UTF-8 text ({error}).") from None
+    return read_text(file, LessonError, "Save it as UTF-8.").splitlines()
 
 
 def picture_files(folder: Path) -> list[Path]:
