@@ -63,19 +63,27 @@ class Adapter(torch.nn.Module):
         """
         if self.channels_first:
             y, x = y.movedim(1, -1), x.movedim(1, -1)
+        plain = self.instances == 1 and not (self.grouped or self.channels_first or torch.is_grad_enabled())
         with self.down.near(x) as down, self.up.near(x) as up:
+            if plain and y.is_contiguous() and y.dtype is x.dtype:
+                hidden = F.linear(x.reshape(-1, x.shape[-1]), down[0])
+                rows = self._rows(y.view(-1, y.shape[-1]))
+                rows.addmm_(hidden, up[0].mT, alpha=strength * self.scale)
+                return y
             down = down * (strength * self.scale)  # the smallest of the tensors that it could be multiplied into
             delta = grouped_delta(x, down, up, routing) if self.grouped else delta_of(x, down, up)
-        y = self._add(y, delta)
+        if self.length is None:
+            y = y + delta
+        elif torch.is_grad_enabled():
+            before, rows, behind = y.tensor_split((self.start, self.start + self.length), dim=-1)
+            y = torch.cat((before, rows + delta, behind), dim=-1)
+        else:
+            self._rows(y).add_(delta)
         return y.movedim(-1, 1) if self.channels_first else y
 
-    def _add(self, y: Tensor, delta: Tensor) -> Tensor:
-        stop = y.shape[-1] if self.length is None else self.start + self.length
-        before, rows, behind = y.tensor_split((self.start, stop), dim=-1)
-        if not torch.is_grad_enabled() and delta.dtype is y.dtype:
-            rows.add_(delta)
-            return y
-        return y + delta if self.length is None else torch.cat((before, rows + delta, behind), dim=-1)
+    def _rows(self, y: Tensor) -> Tensor:
+        """Those that it changes, of y (..., out)."""
+        return y if self.length is None else y.narrow(-1, self.start, self.length)
 
 
 def add_parts(y: Tensor, x: Tensor, parts: list[tuple[Adapter, float]], routing: Routing | None = None) -> Tensor:
