@@ -29,9 +29,9 @@ def engine(patcher: comfy.model_patcher.ModelPatcher, config: GeneratorConfig, d
     run = Engine(rotation=rotation, is_out_of_memory=comfy.model_management.is_oom)
     blocks = list(patcher.model.model.blocks)
     queue = comfy.model_prefetch.make_prefetch_queue(blocks, device, {"prefetch_dynamic_vbars": dynamic})
-    # without a prefetch, dynamic weights that do not stay resident share one buffer and cannot be held together
-    if queue is not None or not dynamic:
-        run = run._replace(hold=_Holder(config, queue, device, dtype).hold)
+    # with streams but no prefetch, dynamic weights that do not stay resident share one buffer and cannot be held together
+    if queue is not None or not dynamic or comfy.model_management.NUM_STREAMS == 0:
+        run = run._replace(hold=_Holder(config, queue, dynamic, device, dtype).hold)
     try:
         yield run
         comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
@@ -59,8 +59,10 @@ def chunk_bytes(device: torch.device, config: GeneratorConfig, batch: int, lengt
 class _Holder:
     """Lends each block as plain layers whose weights were brought to the device once."""
 
-    def __init__(self, config: GeneratorConfig, queue: list | None, device: torch.device, dtype: torch.dtype):
-        self.config, self.queue, self.device, self.dtype = config, queue, device, dtype
+    def __init__(
+        self, config: GeneratorConfig, queue: list | None, dynamic: bool, device: torch.device, dtype: torch.dtype
+    ):
+        self.config, self.queue, self.dynamic, self.device, self.dtype = config, queue, dynamic, device, dtype
 
     @contextmanager
     def hold(self, block: Block) -> Iterator[Block]:
@@ -88,9 +90,10 @@ class _Holder:
             bias = None if bias is None else bias.to(self.device, self.dtype)
             return layer.weight.to(self.device, self.dtype), bias, None
         types = {"dtype": self.dtype, "device": self.device, "bias_dtype": self.dtype}
-        if self.queue is None:
-            return *comfy.ops.cast_bias_weight(layer, **types), None
-        return comfy.ops.cast_bias_weight(layer, **types, offloadable=True)
+        if self.dynamic:
+            return comfy.ops.cast_bias_weight(layer, **types, offloadable=True)
+        # not offloadable: those share one buffer a stream
+        return *comfy.ops.cast_bias_weight(layer, **types), None
 
 
 def _lend(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
