@@ -173,7 +173,7 @@ class Session:
             self.front.say(f"The run in {self.folder} goes on after step {self.trainer.done}.")
 
     def load(self) -> None:
-        """Have the host load generators and base, with room for what training needs; the base may be elsewhere."""
+        """Have the host load everything, with room for what training needs beside it. The base may be offloaded."""
         patchers = [self.patcher, *self._teachers, *(self.objective.patchers if self.objective else ())]
         comfy.model_management.load_models_gpu(patchers, memory_required=self._room)
 

@@ -29,7 +29,7 @@ from .pair_lists import PICTURES, PairError
 from .pairs_of_lists import HostPairs, host_pairs
 from .session import Front, Session, Task
 
-TEACH = TrainConfig(steps=240, batch=8, learning_rate=1e-3, warmup=24, memory=1.0)
+TEACH = TrainConfig(steps=240, batch=8, learning_rate=1e-3, warmup=24, memory=2.0)
 LEARN = TrainConfig(steps=600, batch=8, learning_rate=1e-3, warmup=30, diffusion=0.0, loras=1.0)
 FEW = 8  # pairs below which a new edit is rarely learned
 ASKED_ABOUT = 64  # pictures at most
