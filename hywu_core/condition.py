@@ -110,7 +110,7 @@ def _check(condition: Condition, config: GeneratorConfig) -> dict[str, Tensor]:
         wanted = ", ".join(f"{kind} (batch, length, {width})" for kind, width in expected)
         raise ConditionError(
             f"The condition holds {found}, but this generator reads {wanted}. "
-            "Wire the inputs that it was trained with, through a HY-WU Condition node."
+            "Wire the inputs that it was trained with, through HY-WU Condition or the base's own condition node."
         )
     batches = {kind: tokens.shape[0] for kind, tokens in given.items()}
     if len(set(batches.values()) - {1}) > 1:

@@ -7,6 +7,7 @@ import reprlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from . import lineage
 from .errors import ConfigError
 from .files.text import parse_json
 
@@ -56,6 +57,7 @@ class GeneratorConfig:
         self._check_widths()
         self._check_mapping()
         self._check_condition()
+        lineage.check(self.hywu)
 
     @property
     def scale(self) -> float:

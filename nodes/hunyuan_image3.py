@@ -90,9 +90,10 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
                 io.String.Input(
                     "size",
                     default="auto",
-                    tooltip="auto, height x width in pixels (1024x768), or width : height as a ratio (3:4). The nearest of "
-                    "the model's sizes is taken. auto: the latent of this node has the first picture's shape, that of "
-                    "HunyuanImage-3 Condition the shape that the model chooses.",
+                    tooltip="auto; pixels as height x width, as the model itself writes them; or a ratio as width : "
+                    "height. 1024x768 and 3:4 are both a portrait. The nearest of the model's sizes is taken. auto: the "
+                    "latent of this node has the first picture's shape, that of HunyuanImage-3 Condition the shape that "
+                    "the model chooses.",
                 ),
                 io.Int.Input(
                     "seed",

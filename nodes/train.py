@@ -7,9 +7,9 @@ from comfy_api.latest import io
 
 from ..hywu_core.condition import SOURCES
 from ..hywu_core.host import memory, model, new_generator
-from ..hywu_core.host.training import evaluate, in_server
+from ..hywu_core.host.training import evaluate, in_server, teach
 from ..hywu_core.training import SessionOptions, TrainConfig
-from ..hywu_core.training.options import ALL_STACKS, PRECISIONS, REFUSE, RESTART, RESUME
+from ..hywu_core.training.options import ALL_STACKS, CONSTANT, FALLING, PRECISIONS, REFUSE, RESTART, RESUME
 from .types import Condition, Generator
 
 
@@ -149,7 +149,9 @@ class HYWUTrainGenerator(io.ComfyNode):
             "the same name; state, log, validation pictures and the generator as it is are in output/hywu/<run name>.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The base, frozen. Not a quantised one: no gradient passes through its weights."
+                    "model",
+                    tooltip="The base, frozen. It may be quantised (fp8, int8, nvfp4, mxfp8); its weights are then taken as "
+                    "they are. LoRAs on it act.",
                 ),
                 *_pair_inputs(),
                 Generator.Input(
@@ -276,6 +278,52 @@ class HYWUTrainGenerator(io.ComfyNode):
                     optional=True,
                     tooltip="Steps after which the generator is kept as it is then, in models/hywu/<run name>. 0: never.",
                 ),
+                io.String.Input(
+                    "instructions",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The instructions of the pairs as text, one on each line. They are written into the generator's "
+                    "file, so that Teach HY-WU Generator knows what to keep.",
+                ),
+                io.Float.Input(
+                    "memory",
+                    default=TrainConfig.memory,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Weight of staying with what a teacher writes for old instructions, on the pairs' pictures. "
+                    "0: none. Needs clip.",
+                ),
+                io.Combo.Input(
+                    "memory_schedule",
+                    options=[CONSTANT, FALLING],
+                    default=TrainConfig.memory_schedule,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whether memory keeps its weight, or falls to zero until the last step: for a start from another "
+                    "generator.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The base's text encoder, for old instructions. Only with memory."
+                ),
+                io.String.Input(
+                    "old_instructions",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What memory asks, one on each line. Empty: the instructions that the teacher's file names.",
+                ),
+                Generator.Input(
+                    "teacher",
+                    optional=True,
+                    tooltip="Whose LoRAs memory stays with, such as a larger generator for the same base. By default the "
+                    "generator that is trained further.",
+                ),
             ],
             outputs=[
                 Generator.Output(
@@ -288,6 +336,8 @@ class HYWUTrainGenerator(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, positive, generator, generator_positive=None, vae=None, **settings):
+        # a list of instructions is as good as lines
+        texts = {name: teach.lines(settings.pop(name, ())) for name in ("instructions", "old_instructions")}
         values = {name: _first(value) for name, value in settings.items()}
         config = TrainConfig(
             steps=values["steps"],
@@ -297,6 +347,9 @@ class HYWUTrainGenerator(io.ComfyNode):
             warmup=values["warmup"],
             ema=values["ema"],
             diversity=values["diversity"],
+            memory=values.get("memory", TrainConfig.memory),
+            memory_batch=values["batch_size"],
+            memory_schedule=values.get("memory_schedule", TrainConfig.memory_schedule),
             seed=values["seed"],
         )
         recompute = values["gradient_checkpointing"]
@@ -320,6 +373,8 @@ class HYWUTrainGenerator(io.ComfyNode):
             values["run_name"],
             values["held_out"],
             _first(vae),
+            texts["instructions"],
+            in_server.Remember(values.get("clip"), texts["old_instructions"], values.get("teacher")),
         )
         return io.NodeOutput(trained.handle, trained.losses, trained.steps)
 

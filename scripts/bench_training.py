@@ -3,7 +3,9 @@
 Base and generator are random, see `build`. Each variant runs in processes of its own, so that its peak is its own: the peak
 resident size during a step, above what is resident before it (weights, libraries, optimizer). Time is that of the processor,
 which other programs disturb least; it is the wall clock's with OMP_NUM_THREADS=1.
-Run: .venv/bin/python scripts/bench_training.py
+Run: .venv/bin/python scripts/bench_training.py [stages]
+
+With `stages`: a batch of 8 beside a batch of 1, for a generator whose graphs are too large to stay while the base is run.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ VARIANTS = {  # name -> (checkpoint the base, checkpoint the generator, micro-ba
     "micro-batch of 1": (False, False, 1, False),
     "both, micro-batch of 1": (True, True, 1, False),
 }
+BATCHES = {"batch of 1": 1, "batch of 8": 8}  # with `stages`
 BATCH, SIZE, STEPS = 4, 48, 3
 MAPPED = (
     65536  # bytes from which the allocator gives memory back to the system at once, so that the peak is what is in use
 )
 
 
-def build(base_again: bool, generator_again: bool, micro_batch: int):
-    """A trainer of everything real but the data and the weights."""
+def build(base_again: bool, generator_again: bool, micro_batch: int, batch: int = BATCH, large: bool = False):
+    """A trainer of everything real but the data and the weights. `large`: many layers, and many positions in each."""
     from in_host import enter_host
 
     enter_host()
@@ -45,10 +48,13 @@ def build(base_again: bool, generator_again: bool, micro_batch: int):
     from hywu_core.host.training.objective import DiffusionObjective
     from hywu_core.training import GeneratorTrainable, TrainConfig, Trainer
 
-    base = EditorConfig(width=256, heads=8, depth=6)
+    base = EditorConfig(width=512, heads=16, depth=16) if large else EditorConfig(width=256, heads=8, depth=6)
     layers = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
+    sizes = {"d_model": 192, "num_pg_layers": 4, "output_dim": 128, "token_dim": 128, "rank": 8}
+    if large:
+        sizes = {"d_model": 128, "num_pg_layers": 2, "output_dim": 64, "token_dim": 64, "rank": 16}
     config = GeneratorConfig(
-        d_model=192, head_dim=32, num_pg_layers=4, input_dim=64, output_dim=128, token_dim=128, rank=8, alpha=16,
+        **sizes, head_dim=32, input_dim=64, alpha=16,
         num_base_model_layers=base.depth, dim_accumulation=2, prefix="double_blocks.",
         pg_mapping={n: {"lora_A_dim": base.width * i, "lora_B_dim": base.width * o} for n, (i, o) in layers.items()},
     )  # fmt: skip
@@ -56,12 +62,15 @@ def build(base_again: bool, generator_again: bool, micro_batch: int):
     generator.checkpoint_blocks = generator_again
     objective = DiffusionObjective(build_editor(base), "double_blocks" if base_again else None)
     objective.prepare()
-    how = TrainConfig(steps=100, batch=BATCH, micro_batch=micro_batch)
-    return Trainer(GeneratorTrainable(generator), objective, RandomPairs(), how)
+    how = TrainConfig(steps=100, batch=batch, micro_batch=micro_batch)
+    return Trainer(GeneratorTrainable(generator), objective, RandomPairs(SIZE // 3 if large else SIZE), how)
 
 
 class RandomPairs:
     """Random pictures and words."""
+
+    def __init__(self, size: int):
+        self.size = size
 
     def __len__(self) -> int:
         return 100
@@ -72,7 +81,7 @@ class RandomPairs:
 
         from hywu_core.training import Sample
 
-        latent, picture = (torch.randn(3, SIZE, SIZE, generator=source) for _ in range(2))
+        latent, picture = (torch.randn(3, self.size, self.size, generator=source) for _ in range(2))
         words = torch.randn(1, 16, 64, generator=source)
         options = {"pooled_output": torch.randn(1, 64, generator=source), "reference_latents": [picture.unsqueeze(0)]}
         return Sample(latent, [words, options], words[0])
@@ -114,8 +123,11 @@ class Peak:
 
 def measure(variant: str, timed: bool) -> dict[str, float]:
     """Run one variant in this process, for its time or for its memory."""
-    base_again, generator_again, micro_batch, whole = VARIANTS[variant]
-    trainer = build(base_again, generator_again, micro_batch)
+    if variant in BATCHES:
+        trainer, whole = build(True, True, 1, BATCHES[variant], large=True), False
+    else:
+        base_again, generator_again, micro_batch, whole = VARIANTS[variant]
+        trainer = build(base_again, generator_again, micro_batch)
     step = (lambda: one_graph(trainer)) if whole else trainer.step
     step()  # the optimizer's moments come to be
     trainer.optimizer.zero_grad(set_to_none=True)
@@ -140,6 +152,11 @@ def apart(variant: str, kind: str) -> dict[str, float]:
 
 def main() -> None:
     """The table, or one variant of it."""
+    if sys.argv[1:] == ["stages"]:
+        peaks = {variant: apart(variant, "memory")["bytes"] for variant in BATCHES}
+        for variant, found in peaks.items():
+            print(f"{variant:24} {found / 2**20:9.0f} MiB {found / peaks['batch of 1']:6.2f}")
+        return
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1], sys.argv[2] == "time")))
         return

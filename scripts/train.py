@@ -11,37 +11,15 @@ host.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 
 from in_host import enter_host
 from pocket_run import PocketRun, sources
+from stopping import STOPPED, Signals
 
 from hywu_core.errors import HywuError
 from hywu_core.training.distributed import Accelerated
 from hywu_core.training.options import read_arguments
-
-PATIENCE = 3  # signals after which a process ends at once; launchers repeat what a terminal sends
-STOPPED = 130  # the exit code of a run that was asked to stop
-
-
-class Signals:
-    """Remembers that the run was asked to stop."""
-
-    def __init__(self):
-        self.count = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
-
-    def asked(self) -> bool:
-        """Whether it was."""
-        return self.count > 0
-
-    def _remember(self, number: int, _frame) -> None:
-        self.count += 1
-        if self.count >= PATIENCE:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
 
 
 def run(arguments: list[str] | None = None) -> int:

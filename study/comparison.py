@@ -40,7 +40,7 @@ class Trained(NamedTuple):
 
 def task_of(run: Run, split: str, size: int = SIZE, variants: int = 1) -> EditingTask:
     """The run's pairs over the pictures of a split."""
-    pictures, names = _composed(split, size, variants)
+    pictures, names = composed(split, size, variants)
     clip = load_text_encoder(pocket_files().text)
     return EditingTask(clip, pictures, names, SUITES[run.suite], generator_config(), run.regime)
 
@@ -113,7 +113,8 @@ def geometry(trained: Trained, task: EditingTask, cases: list) -> dict[str, Any]
 
 
 @lru_cache(maxsize=4)  # the same for every run of a process
-def _composed(split: str, size: int, variants: int) -> tuple[Tensor, list[str]]:
+def composed(split: str, size: int, variants: int) -> tuple[Tensor, list[str]]:
+    """The pictures of a split, and their names; see `pictures.compose`."""
     return compose(split, size, variants)
 
 

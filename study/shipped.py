@@ -9,10 +9,12 @@ from hywu_core.bases import pocket
 from hywu_core.condition import CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart
 from hywu_core.config import GeneratorConfig
 from hywu_core.host.training.identity import digest
+from hywu_core.host.training.lessons import Picture
+from hywu_core.lineage import instructions as as_kept
 
 from . import pictures
 from .edits import SUITES
-from .task import Case, EditingTask
+from .task import Case, EditingTask, to_latent
 
 
 class ShippedPictures:
@@ -30,6 +32,7 @@ class ShippedPictures:
             "instructions": digest(words),
         }
         self.origin = f"shipped pictures, suite {run.suite}"
+        self.instructions = as_kept(text for wordings in words for text in wordings)
 
     def encode(self, progress: Callable[[int, int], None], communication: Any) -> None:
         """Nothing: pictures are edited as they are drawn."""
@@ -41,6 +44,10 @@ class ShippedPictures:
 
     def sources(self, config: GeneratorConfig) -> tuple[EditingTask, EditingTask | None]:
         return self._task("train", config), self._task("validation", config) if self.run.held_out_share else None
+
+    def pictures(self, count: int) -> list[Picture]:
+        found = self.composed["train"][0][:count]
+        return [Picture(to_latent(picture.unsqueeze(0))) for picture in found]
 
     def _task(self, split: str, config: GeneratorConfig | None) -> EditingTask:
         found, names = self.composed[split]

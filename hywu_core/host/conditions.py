@@ -24,6 +24,9 @@ _FOR_THE_SAMPLER = (
     "strength", "start_percent", "end_percent", "default", "additional_models",
 )  # fmt: skip
 
+# {option of a CONDITIONING: (whose it is, the node that reads it)}; a base that has a reader of its own adds itself
+OWN_READERS: dict[str, tuple[str, str]] = {}
+
 
 def from_host(
     conditioning: list,
@@ -37,10 +40,15 @@ def from_host(
     Args:
         model: run this base on picture and instruction; its hidden states then stand in place of the CONDITIONING.
     Raises:
-        ConditionError: if the CONDITIONING holds more than one entry, or the vision output no patch features; see also
-            `hidden_states`.
+        ConditionError: if the CONDITIONING holds more than one entry, or is one that another node reads, or the vision
+            output has no patch features; see also `hidden_states`.
     """
     tokens, options = _single(conditioning)
+    for base, node in (told for option, told in OWN_READERS.items() if option in options):
+        raise ConditionError(
+            f"This CONDITIONING is one of {base}, whose generator reads what the base itself sees. Wire it, with the MODEL, "
+            f"into {node}, and that node's condition in here."
+        )
     _log_what_is_not_read(options, model is not None)
     if model is None:
         parts = [ConditionPart(CONDITIONING, tokens)]

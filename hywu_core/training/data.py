@@ -51,13 +51,13 @@ def batch_of(data: SampleSource, seed: int, step: int, batch: int, share: slice)
     draws = []
     for place in range(batch)[share]:
         epoch, position = divmod(step * batch + place, count)
-        index = int(torch.randperm(count, generator=_source(seed, epoch, 0))[position])
-        source = _source(seed, step, 1 + place)
+        index = int(torch.randperm(count, generator=source_of(seed, epoch, 0))[position])
+        source = source_of(seed, step, 1 + place)
         draws.append(Draw(data.sample(index, source), source))
     return draws
 
 
-def _source(*numbers: int) -> torch.Generator:
+def source_of(*numbers: int) -> torch.Generator:
     mixed = 0
     for number in numbers:  # a different stream for every tuple: multiply by a large odd number, add, keep 63 bits
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63

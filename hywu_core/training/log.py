@@ -25,21 +25,25 @@ class RunLog:
     Args:
         folder: of the run; made if needed.
         done: steps that are done already.
+        lessons: names of those in weight space, whose distances get a column each.
     Raises:
         SaveError: here and later, if a file cannot be written.
     """
 
-    def __init__(self, folder: Path, done: int = 0):
+    def __init__(self, folder: Path, done: int = 0, lessons: Sequence[str] = ()):
+        self.columns = (*COLUMNS, *lessons)
         self.path, self._validation = Path(folder) / LOG, Path(folder) / VALIDATION
-        self.losses = [float(row["loss"]) for row in _keep(self.path, COLUMNS, done)]  # one for each step
+        self.losses = [float(row["loss"]) for row in _keep(self.path, self.columns, done)]  # one for each step
         _keep(self._validation, VALIDATION_COLUMNS, done)
         self._board = _board(Path(folder) / BOARD, done)
 
     def step(self, report: StepReport) -> None:
         """Add a step."""
         self.losses.append(report.loss)
-        _add(self.path, report)
-        self.values(report.step, dict(zip(COLUMNS[1:], report[1:], strict=True)))
+        *numbers, distances = report
+        row = (*numbers, *distances)
+        _add(self.path, row)
+        self.values(report.step, dict(zip(self.columns[1:], row[1:], strict=True)))
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
         """Other numbers of a step, such as validation metrics, for TensorBoard."""

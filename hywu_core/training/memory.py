@@ -8,8 +8,10 @@ from ..config import GeneratorConfig
 from ..plan import USUAL_CHUNK, positions
 
 GRAPH_ROOM = 2**30  # bytes that graphs may take beside the base's before samples are taken one after the other
-# grids of d elements a position that are remembered, measured
-OF_A_BLOCK, OF_THE_ENDS, OF_A_BLOCK_AGAIN = 31, 10, 6
+# grids of d elements a position that are there at the same time, counted
+OF_A_BLOCK, OF_THE_ENDS = 31, 10
+# the same where blocks are computed again: of the one that is, between its branches, and of everything else
+BETWEEN_BRANCHES, AROUND = 4, 8
 
 
 def graph_bytes(config: GeneratorConfig, length: int, dtype: torch.dtype, recomputed: bool) -> int:
@@ -18,5 +20,5 @@ def graph_bytes(config: GeneratorConfig, length: int, dtype: torch.dtype, recomp
     grid = rows * config.d_model * dtype.itemsize
     if not recomputed:
         return (OF_A_BLOCK * config.num_pg_layers + OF_THE_ENDS) * grid
-    whole = OF_A_BLOCK * grid
-    return (config.num_pg_layers + OF_THE_ENDS) * grid + min(whole, OF_A_BLOCK_AGAIN * grid + USUAL_CHUNK)
+    block = min(OF_A_BLOCK * grid, BETWEEN_BRANCHES * grid + USUAL_CHUNK)
+    return (config.num_pg_layers + AROUND) * grid + block

@@ -23,6 +23,9 @@ PRECISIONS = {
 ALL_STACKS = "all"
 RESUME, RESTART, REFUSE = "resume", "restart", "refuse"  # what to do where a run of that name exists
 
+# how the weight of a lesson in weight space goes over a run: to zero at its end, in a line
+CONSTANT, FALLING = "constant", "falling"
+
 # what a run that goes on may change: its length, and how it is cut up
 FREE = {"steps", "micro_batch"}
 
@@ -47,14 +50,27 @@ class TrainConfig:
     ema: float = 0.0  # decay of the averaged weights; 0: none
     diversity: float = 0.0  # weight of the loss against collapse to one LoRA
     seed: int = 0  # of data order, noise and noise levels
+    # weight of the base's own loss; 0: the lessons in weight space alone, no pass through the base
+    diffusion: float = 1.0
+    memory: float = 0.0  # weight of staying with what a teacher writes for old instructions; 0: none
+    memory_batch: int = 8  # old instructions of one optimizer step, each on some picture
+    memory_schedule: str = CONSTANT
+    loras: float = 0.0  # weight of writing what LoRA files hold; 0: none
+    loras_batch: int = 8  # files of one optimizer step, each on some picture
+    loras_schedule: str = CONSTANT
 
     def __post_init__(self):
-        for name in ("steps", "batch"):
+        for name in ("steps", "batch", "memory_batch", "loras_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
-        for name in ("micro_batch", "warmup", "weight_decay", "clip", "diversity"):
+        for name in ("micro_batch", "warmup", "weight_decay", "clip", "diversity", "diffusion", "memory", "loras"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}.")
+        for name in ("memory_schedule", "loras_schedule"):
+            if getattr(self, name) not in (CONSTANT, FALLING):
+                raise ConfigError(f"{name} must be {CONSTANT} or {FALLING}, found {getattr(self, name)!r}.")
+        if not (self.diffusion or self.memory or self.loras):
+            raise ConfigError("There is nothing to train for: diffusion, memory and loras all have the weight 0.")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive, found {self.learning_rate}.")
         if not 0 <= self.ema < 1:
@@ -145,6 +161,13 @@ class RunConfig:
     alpha: float = option(32.0, "of a new generator's LoRAs; their scale is alpha / rank")
     source: str = option("instruction and source picture", "what a new generator reads, as in New HY-WU Generator")
     encoder_layers: int = option(1, "of a new generator, over the condition")
+    teacher: str = option(
+        "", "generator whose LoRAs are to be kept (memory) or copied (a larger one); by default the one gone on from"
+    )
+    old_instructions: str = option(
+        "", "text file of the instructions that memory asks, one on each line; by default those in the teacher's file"
+    )
+    lora_files: str = option("", "folder of LoRA files with their instructions, to learn from (loras)")
     dtype: str = option("float32", "type to compute the generator in", ("float32", "bfloat16"))
     checkpoint_stack: str = option(
         SessionOptions.checkpoint_stack,
@@ -174,11 +197,26 @@ class RunConfig:
             choices, value = known.metadata.get("choices"), getattr(self, known.name)
             if choices and value not in choices:
                 raise ConfigError(f"{known.name} must be one of {', '.join(choices)}, found {value!r}.")
+        self._check_lessons()
         self.session()
         for reason, names in self._without_effect().items():
             for known in fields(self):
                 if known.name in names and getattr(self, known.name) != known.default:
                     raise ConfigError(f"{known.name} has no effect {reason}. Leave it out.")
+
+    def _check_lessons(self) -> None:
+        training = self.training
+        if training.memory and not (self.teacher or (self.generator and not self.generator.endswith(".json"))):
+            raise ConfigError(
+                "memory needs a teacher: a trained generator to go on from (generator), or another (teacher)."
+            )
+        if not training.memory and (self.teacher or self.old_instructions):
+            name = "teacher" if self.teacher else "old_instructions"
+            raise ConfigError(f"{name} has no effect without memory, which is its weight. Give one, such as 1.")
+        if bool(training.loras) != bool(self.lora_files):
+            raise ConfigError(
+                "lora_files (a folder) and loras (the weight of what is learned from it) need each other."
+            )
 
     def _without_effect(self) -> dict[str, tuple[str, ...]]:
         """{why: the options that would be dropped}."""

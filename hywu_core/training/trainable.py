@@ -51,9 +51,17 @@ class GeneratorTrainable:
         parameter = next(self.generator.parameters())
         conditions = [sample.condition.to(parameter) for sample in samples]
         with torch.amp.autocast(parameter.device.type, self.dtype, enabled=self.dtype != parameter.dtype):
-            if len({condition.shape for condition in conditions}) == 1:
-                return self.generator(torch.stack(conditions))
-            return concatenate([self.generator(condition.unsqueeze(0)) for condition in conditions])
+            return self._shape_by_shape(conditions)
+
+    def _shape_by_shape(self, conditions: Sequence[Tensor]) -> InstanceLora:
+        groups: dict[torch.Size, list[int]] = {}
+        for index, condition in enumerate(conditions):
+            groups.setdefault(condition.shape, []).append(index)
+        parts = [self.generator(torch.stack([conditions[index] for index in group])) for group in groups.values()]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([index for group in groups.values() for index in group]).argsort().tolist()
+        return concatenate(parts).map(lambda pair: LoraFactor(pair.down[order], pair.up[order]))
 
     def graphs_at_once(self, samples: Sequence[Sample]) -> int:
         longest = max(sample.condition.shape[0] for sample in samples)

@@ -15,6 +15,7 @@ from .data import Draw, Sample, SampleSource, batch_of
 from .options import TrainConfig
 from .state import load_state, save_state
 from .trainable import Trainable, concatenate, diversity_loss, instances, leaves
+from .weight_space import WeightSpace
 
 
 class TrainingError(HywuError):
@@ -60,9 +61,10 @@ class StepReport(NamedTuple):
     """What one step did."""
 
     step: int  # the first is 0
-    loss: float  # mean over all samples of the step
+    loss: float  # mean over all samples of the step; without a diffusion loss the lessons' own, weighted
     rate: float
     gradient_norm: float
+    distances: tuple[float, ...] = ()  # of every lesson in weight space, its mean
 
 
 class Trainer:
@@ -70,11 +72,11 @@ class Trainer:
 
     Args:
         trainable: see `Trainable`.
-        objective: see `Objective`.
-        data: pairs by index.
+        objective, data: see `Objective`, and pairs by index; both None for lessons in weight space alone.
         config: see `TrainConfig`.
         communication: with other processes; the batch is shared out among them evenly.
         between: called between micro-batches; what it raises ends the step and leaves the parameters as they were.
+        lessons: in weight space, beside the diffusion loss.
     Raises:
         TrainingError: if the batch cannot be shared out.
     """
@@ -82,14 +84,15 @@ class Trainer:
     def __init__(
         self,
         trainable: Trainable,
-        objective: Objective,
-        data: SampleSource,
+        objective: Objective | None,
+        data: SampleSource | None,
         config: TrainConfig,
         communication: Communication | None = None,
         between: Callable[[], None] = lambda: None,
+        lessons: WeightSpace | None = None,
     ):
         self.trainable, self.objective, self.data, self.config = trainable, objective, data, config
-        self.between = between
+        self.between, self.lessons = between, lessons or WeightSpace((), config.seed)
         self.communication = communication or Alone()
         if config.batch % self.communication.processes:
             raise TrainingError(
@@ -130,7 +133,9 @@ class Trainer:
             TrainingError: naming step and sample for a loss that is not finite. No parameter was changed then.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._share(self._try_backward())
+        loss, *distances = self._share(self._try_backward())
+        if self.objective is None:
+            loss = self.lessons.loss(distances, self.done, self.config.steps)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip or float("inf"))
         if not torch.isfinite(norm):
             raise TrainingError(
@@ -143,7 +148,7 @@ class Trainer:
         for name, average in self.averaged.items():
             average.lerp_(self.parameters[name].detach(), 1 - self.config.ema)
         self.done += 1
-        return StepReport(self.done - 1, loss, rate, float(norm))
+        return StepReport(self.done - 1, loss, rate, float(norm), tuple(distances))
 
     def use_averaged(self) -> None:
         """Replace the parameters by their averages, if the run keeps any. For the end of a run: the optimizer knows nothing
@@ -176,28 +181,36 @@ class Trainer:
         return sorted(found, key=lambda draw: tuple(draw.sample.latent.shape))
 
     def _try_backward(self) -> Tensor:
-        """The losses of this process's samples; gradients are left on the parameters. A process that fails takes the others
-        along, which would wait for it for ever.
+        """[the mean loss of this process's samples, its share of every lesson's distance]; gradients are left on the
+        parameters. A process that fails takes the others along, which would wait for it for ever.
         """
-        losses, failure = torch.zeros(()), None
+        found, failure = torch.zeros(1 + len(self.lessons.lessons)), None
         try:
-            losses = self._backward(self.draws())
+            if self.objective is not None:
+                found[0] = self._backward(self.draws()).mean()
+            found[1:] = torch.tensor(self._learn())
         except Exception as error:
             failure = error
         if anywhere(self.communication, failure is not None):
             raise failure or TrainingError(
                 f"Another process failed in step {self.done}; it says why. The parameters are as after the step before."
             )
-        return losses
+        return found
 
-    def _share(self, losses: Tensor) -> float:
-        """Average gradients and loss over the processes; every one sends the same list, whatever its samples reached."""
+    def _learn(self) -> list[float]:
+        """The lessons in weight space; a graph of their own, after that of the diffusion loss is gone."""
+        if self.lessons.lessons:
+            self.between()
+        among = self.communication.rank, self.communication.processes
+        return self.lessons.backward(self.trainable, self.done, self.config.steps, *among)
+
+    def _share(self, found: Tensor) -> list[float]:
+        """Average gradients and numbers over the processes; every one sends the same list, whatever its samples reached."""
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        loss = losses.mean()
-        self.communication.average([*(p.grad for p in self.parameters.values()), loss])
-        return float(loss)
+        self.communication.average([*(p.grad for p in self.parameters.values()), found])
+        return found.tolist()
 
     def _backward(self, draws: list[Draw]) -> Tensor:
         """The losses (B,); gradients are left on the parameters, the same as those of a single graph.
@@ -224,7 +237,9 @@ class Trainer:
         for start in range(0, len(draws), size):
             self.between()
             part = slice(start, start + size)
-            found = self.objective.backward(None if leaf is None else instances(leaf, part), draws[part], 1 / total)
+            found = self.objective.backward(
+                None if leaf is None else instances(leaf, part), draws[part], self.config.diffusion / total
+            )
             self._check(found, draws[part])
             losses.append(found)
         if leaf is not None:

@@ -11,6 +11,7 @@ from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer,
 from hywu_core.training.distributed import buckets
 from hywu_core.training.options import build_run, read_arguments
 from hywu_core.training.validation import averaged_weights
+from hywu_core.training.weight_space import Lesson, WeightSpace
 
 
 def tiny_config():
@@ -76,14 +77,26 @@ class Threads:
             tensor.copy_(mean)
 
 
-def together(objectives, steps=4, batch=4):
+def remembering(batch=3):
+    """Old instructions, and a teacher that writes something for them."""
+    teacher, pairs = Generator(tiny_config(), dtype=torch.float64).initialize(5).requires_grad_(False), Pairs()
+    torch.nn.init.normal_(teacher.model.proj_out_B.weight, std=0.1, generator=torch.Generator().manual_seed(5))
+    samples = [pairs.sample(index, torch.Generator()) for index in range(len(pairs))]
+    return WeightSpace([Lesson("memory", samples, GeneratorTrainable(teacher, torch.float64), 0.5, batch)], seed=0)
+
+
+def together(objectives, steps=4, batch=4, lessons=lambda: None, dtype=torch.float32):
     """Train one process for each objective; returns (trainers, what each raised)."""
     threads, raised = Threads(len(objectives)), [None] * len(objectives)
     trainers = []
     for rank, objective in enumerate(objectives):
         config = TrainConfig(steps=steps, batch=batch, learning_rate=1e-2, warmup=0, ema=0.5)
-        generator = Generator(tiny_config()).initialize()
-        trainers.append(Trainer(GeneratorTrainable(generator), objective, Pairs(), config, threads.member(rank)))
+        generator = Generator(tiny_config(), dtype=dtype).initialize()
+        data = None if objective is None else Pairs()
+        member = threads.member(rank)
+        trainers.append(
+            Trainer(GeneratorTrainable(generator, dtype), objective, data, config, member, lessons=lessons())
+        )
 
     def run(rank):
         try:
@@ -109,6 +122,19 @@ def test_two_processes_train_as_one():
     assert raised == [None, None]
     assert largest_difference(*pair) == 0
     assert largest_difference(one, pair[0]) < 1e-5
+
+
+@pytest.mark.parametrize("objective", [Quadratic, lambda: None], ids=["beside the loss", "alone"])
+def test_two_processes_remember_as_one(objective):
+    """Three old instructions of a step are shared out unevenly."""
+    (one,), _ = together([objective()], lessons=remembering, dtype=torch.float64)
+    pair, raised = together([objective(), objective()], lessons=remembering, dtype=torch.float64)
+    assert raised == [None, None]
+    assert largest_difference(*pair) == 0
+    assert largest_difference(one, pair[0]) < 1e-9
+    if objective() is not None:
+        (without,), _ = together([objective()], dtype=torch.float64)
+        assert largest_difference(one, without) > 1e-3
 
 
 def test_a_bad_sample_in_one_process_stops_all_of_them():

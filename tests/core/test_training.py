@@ -144,6 +144,18 @@ def test_no_more_graphs_are_there_at_a_time_than_there_is_room_for():
     assert alive == [(False, 2), (False, 2), (False, 1), (True, 2), (True, 2), (True, 1)]
 
 
+def test_samples_of_equal_shapes_are_written_together_and_keep_their_places():
+    generator, passes = Generator(tiny_config()).initialize(), []
+    generator.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    found = [Pairs(6, length).sample(index, torch.Generator()) for index, length in enumerate((5, 3, 5, 3, 3))]
+    lora = GeneratorTrainable(generator).lora(found)
+    assert passes == [2, 3]
+    for index, sample in enumerate(found):
+        alone = generator(sample.condition.unsqueeze(0))
+        for one, other in zip(lora.select(index).pairs, alone.pairs, strict=True):
+            torch.testing.assert_close(one.down, other.down)
+
+
 def test_factors_in_half_precision_collect_their_gradients_in_float32():
     lora = random_batch(2).map(lambda pair: type(pair)(*(factor.bfloat16() for factor in pair)))
     assert {factor.dtype for pair in leaves(lora).pairs for factor in pair} == {torch.float32}

@@ -28,6 +28,8 @@ NODE_IDS = {
     "HYWUTrainGenerator",
     "HYWUSaveGenerator",
     "HYWUEvaluateGenerator",
+    "HYWUTeachGenerator",
+    "HYWULearnFromLoRAs",
     "HYWULoadHunyuanImage3",
     "HYWUHunyuanImage3Edit",
     "HYWUHunyuanImage3Condition",

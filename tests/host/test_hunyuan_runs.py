@@ -128,14 +128,14 @@ def test_a_cache_keeps_two_prefixes_at_most():
 
 
 def test_every_sample_has_its_own_experts_chunk_by_chunk(base, monkeypatch):
-    """Chunks of tokens cut through the sequences of a batch; each token must still find its own sample's LoRA."""
+    """Chunks of rows that are sorted by expert hold tokens of every sample; each must still find its own sample's LoRA."""
     pairs = {
         name: LoraFactor(torch.cat((pair.down, pair.down)), torch.cat((pair.up, pair.up * -0.5)))
         for name, pair in base.lora.factors.items()
     }
     model, noise = apply_lora(base.model, InstanceLora(pairs, base.lora.scale), 1.0, "bypass")[0], noise_of(2)
     whole = sample(model, *conditionings(base.edit, None), noise)
-    monkeypatch.setattr(moe, "TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(moe, "ROWS_AT_ONCE", 400)
     assert tiny.relative(sample(model, *conditionings(base.edit, None), noise), whole) < SAME
     for index, strength in enumerate((1.0, -0.5)):
         single = InstanceLora(

@@ -343,7 +343,9 @@ def test_the_latent_has_the_size_asked_for(base):
         edit = make_edit(base.encoder, "x", pictures, wishes)
         positive, negative, latent = for_sampler(edit)
         assert latent["samples"].shape == (wishes.batch, 8, 1, size.height // 16, size.width // 16)
-        assert from_conditioning(positive) is edit and from_conditioning(negative).unconditional
+        assert from_conditioning(positive) is edit
+        with pytest.raises(ConditionError, match="its positive output"):
+            from_conditioning(negative)
         assert read_edit(base.model, edit).size in (table if wishes.size == "auto" else [size])
 
 

@@ -272,8 +272,10 @@ def test_a_failed_training_leaves_no_leak_behind(caplog):
     handle = new(family, positive)
     with pytest.raises(TrainingError) as failure:
         run(family, handle, latents, positive, steps=50, learning_rate=1e30, clip=0.0, warmup=0)
+    with pytest.raises(TrainingError) as refusal:
+        run(family, handle, latents, positive, steps=50, learning_rate=1e-3)
     comfy.model_management.cleanup_models_gc()
-    assert failure.value and "memory leak" not in caplog.text
+    assert failure.value and refusal.value and "memory leak" not in caplog.text
 
 
 def test_the_node_says_how_far_it_is(monkeypatch):

@@ -5,6 +5,7 @@ the device (a VBAR) whose pages come when they are asked for and may be taken aw
 """
 
 import mmap
+import os
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -45,6 +46,7 @@ class Vbar:
     """
 
     all: list["Vbar"] = []
+    from_files = 0  # weights that were read to the device without passing through a tensor here
     room = 1 << 40  # bytes of all pieces that fit onto the device
 
     def __init__(self, size, device):
@@ -104,6 +106,22 @@ def bytes_of(piece, device):
     return _memory[key]
 
 
+def read_slice(tensor, destination, stream=None, destination2=None):
+    """comfy.memory_management.read_tensor_file_slice_into for what it does without pinned memory: a weight goes from its file
+    to the device.
+    """
+    if hasattr(tensor, "_qdata"):
+        return False  # its scales travel with it
+    info = getattr(tensor.untyped_storage(), "_comfy_tensor_file_slice", None)
+    target = destination if destination2 is None else destination2
+    if info is None or tensor.nbytes != info.size or not tensor.is_contiguous():
+        return False
+    read = bytearray(os.pread(info.file_ref, info.size, info.offset))
+    target.copy_(torch.frombuffer(read, dtype=tensor.dtype).view(tensor.shape))
+    Vbar.from_files += 1
+    return True
+
+
 @contextmanager
 def dynamic_vram():
     """For the time of the block: layers make no weights before they are loaded, patchers are of the dynamic kind (which on a
@@ -120,6 +138,7 @@ def dynamic_vram():
 
     played = [
         (comfy.memory_management, "aimdo_enabled", True),
+        (comfy.memory_management, "read_tensor_file_slice_into", read_slice),
         (comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic),
         (comfy.model_management.args, "disable_pinned_memory", True),
         (comfy_aimdo.model_mmap, "ModelMMAP", MappedFile),

@@ -12,10 +12,19 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "privateuseone"  # what DirectML calls its devices, too
-_setup_privateuseone_for_python_backend()
+
+
+class Backend(_DummyBackendModule):
+    """What torch asks a kind of device for."""
+
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend(NAME, Backend())  # named, so that torch takes it for the accelerator
 DEVICE = torch.device(NAME, 0)
 
 aten = torch.ops.aten
@@ -137,7 +146,7 @@ def _there(value):
     machine = Machine.active
     if machine is not None and value.dtype in machine.lacks:
         raise TypeError(f"This device has no {value.dtype}.")
-    return Elsewhere(value)
+    return Elsewhere(value.resolve_conj().resolve_neg())  # the wrapper cannot say that its numbers are yet to be turned
 
 
 def _check(func, args, tensors, elsewhere):

@@ -17,6 +17,7 @@ FILE_INPUTS = {  # their options are what lies on the disk
     ("HYWULoadGenerator", "generator"),
     ("HYWULoadLoRA", "lora"),
     ("HYWULoadHunyuanImage3", "folder"),
+    ("HYWULearnFromLoRAs", "folder"),
 }
 
 

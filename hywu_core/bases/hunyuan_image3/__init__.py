@@ -6,10 +6,13 @@ sampler does the rest.
 
 from __future__ import annotations
 
-from .edit import FITS, Edit, Encoder, Wishes, for_sampler, from_conditioning, make_edit
+from ...host.conditions import OWN_READERS
+from .edit import FITS, KEY, Edit, Encoder, Wishes, for_sampler, from_conditioning, make_edit
 from .loader import load
 from .reason import MODES, Choice, reason
 from .text_mode import read_edit
+
+OWN_READERS[KEY] = "HunyuanImage-3", "HunyuanImage-3 Condition"
 
 __all__ = [
     "FITS",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...errors import ConditionError
 from .config import BaseConfig
-from .edit import KEY, Edit
-from .moe import TOKENS_AT_ONCE
+from .edit import KEY, Edit, opened
+from .moe import ROWS_AT_ONCE
 from .prefix_cache import with_prefix_cache
 from .transformer import HunyuanImage3
 from .vae import Latent
@@ -48,6 +48,7 @@ class HostModel(comfy.model_base.BaseModel):
                 "HunyuanImage-3 reads a CONDITIONING that only the node HunyuanImage-3 Edit makes, but this one comes from "
                 "elsewhere. Wire that node's positive and negative outputs into the sampler."
             )
+        edit = opened(kwargs["cross_attn"], edit)
         sequence = edit.sequence(tuple(kwargs["noise"].shape[-2:]))
         conds = {
             "ids": comfy.conds.CONDRegular(torch.tensor([sequence.ids])),
@@ -71,7 +72,7 @@ class HostModel(comfy.model_base.BaseModel):
         tokens = max((shape[1] for name in ("ids", "prefix") for shape in shapes.get(name, ())), default=0)
         if "ids" not in shapes:
             tokens += input_shape[-1] * input_shape[-2]
-        return working_memory(self.config, self.get_dtype_inference(), input_shape[0], tokens)
+        return working_memory(self.diffusion_model, self.get_dtype_inference(), input_shape[0], tokens)
 
 
 class HostConfig(comfy.supported_models_base.BASE):
@@ -92,18 +93,20 @@ class HostConfig(comfy.supported_models_base.BASE):
         return HostModel(self, device=device)
 
 
-def working_memory(config: BaseConfig, dtype: torch.dtype, rows: int, tokens: int) -> int:
+def working_memory(decoder: HunyuanImage3, dtype: torch.dtype, rows: int, tokens: int) -> int:
     """Bytes that one forward takes beside the model's own weights: keys and values of the prefix, the tokens' activations,
-    the rows that a chunk of them makes in the experts, and a layer's banks on their way. Derived, not measured.
+    the rows that a chunk of them makes in the experts, and the banks of two layers, one in use and one on its way, as they
+    are stored. Derived, not measured.
     """
+    config = decoder.config
     number = comfy.model_management.dtype_size(dtype)
     head_numbers = config.num_key_value_heads * config.attention_head_dim
     cache = 2 * head_numbers * config.num_hidden_layers * number
     activations = 8 * config.hidden_size * number + config.qkv_features * (3 * 4 + number)
-    chunk = min(tokens * rows, TOKENS_AT_ONCE) * config.moe_topk
-    expert_rows = chunk * (2 * config.hidden_size + 4 * config.moe_intermediate_size) * number
-    bank = config.num_experts * 3 * config.moe_intermediate_size * config.hidden_size * number
-    return rows * tokens * (cache + activations) + expert_rows + bank
+    chunk = min(tokens * rows * config.moe_topk, ROWS_AT_ONCE)
+    expert_rows = chunk * 2 * (config.hidden_size + config.moe_intermediate_size) * number
+    banks = 2 * decoder.model.layers[0].mlp.experts.stored_bytes()
+    return rows * tokens * (cache + activations) + expert_rows + banks
 
 
 def manage(model: HostModel, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:

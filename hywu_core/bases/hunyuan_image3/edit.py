@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
@@ -154,8 +155,24 @@ def for_sampler(edit: Edit) -> tuple[list, list, dict[str, Tensor]]:
 
 
 def to_conditioning(edit: Edit) -> list:
-    """A CONDITIONING of the host. Its tensor is a placeholder: everything is in the options."""
-    return [[torch.zeros(1, 1, 1), {KEY: edit}]]
+    """A CONDITIONING of the host. Everything is in the options; its tensor only shows what other nodes did to it."""
+    return [[_seal(edit), {KEY: edit}]]
+
+
+def opened(tensor: Tensor, edit: Edit) -> Edit:
+    """The edit of a CONDITIONING's entry. Zeroed out, it is the one without the instruction.
+
+    Raises:
+        ConditionError: if the entry was averaged or joined with another, which the options do not show.
+    """
+    if not tensor.any():
+        return edit._replace(unconditional=True)
+    if tensor.shape[-2:] != (1, 1) or not torch.all(tensor.cpu().float() == _seal(edit)):
+        raise ConditionError(
+            "A CONDITIONING of HunyuanImage-3 Edit cannot be averaged or joined with another one: the model reads one "
+            "instruction with its pictures. Say it all in one prompt, and wire that node's outputs directly."
+        )
+    return edit
 
 
 def from_conditioning(conditioning: list) -> Edit:
@@ -164,12 +181,19 @@ def from_conditioning(conditioning: list) -> Edit:
     Raises:
         ConditionError: if there is none, or more than one.
     """
-    found = [options[KEY] for _, options in conditioning if KEY in options]
-    if len(found) != 1 or len(conditioning) != 1:
+    found = [opened(tensor, options[KEY]) for tensor, options in conditioning if KEY in options]
+    if len(found) != 1 or len(conditioning) != 1 or found[0].unconditional:
         raise ConditionError(
-            "This needs one CONDITIONING from the node HunyuanImage-3 Edit (its positive output), not combined with others."
+            "This needs one CONDITIONING from the node HunyuanImage-3 Edit (its positive output, as it is), not the negative "
+            "one, and not combined with others or zeroed out."
         )
     return found[0]
+
+
+def _seal(edit: Edit) -> Tensor:
+    """(1, 1, 1), another number for another request, and never 0."""
+    told = repr((edit.request, edit.unconditional)).encode()
+    return torch.tensor(1 + zlib.crc32(told) / 2**32).view(1, 1, 1)
 
 
 def _read_picture(

@@ -10,12 +10,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import comfy.memory_management
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +67,16 @@ class BaseFiles(NamedTuple):
                 weights = {name: self._weight(name, shards, dtype) for name in names}
                 yield module, weights | self._beside(module, shards)
 
+    def memory_of_its_own(self, dtype: torch.dtype) -> int:
+        """Bytes that the diffusion model's weights take beside the mapped files: what is stacked or cast."""
+        stored = {name: header.dtype for name, header in self.headers.items()}
+        copied = (
+            shape
+            for name, shape in decoder_shapes(self.config).items()
+            if name not in self.kinds and DTYPES.get(stored.get(name)) is not dtype
+        )
+        return sum(math.prod(shape) for shape in copied) * dtype.itemsize
+
     def part(self, *prefixes: str, strip: str = "") -> dict[str, Tensor]:
         """Weights whose names begin so, memory-mapped, without the prefix `strip` and without what is unused."""
         with Shards() as shards:
@@ -101,13 +114,20 @@ class Shards(ExitStack):
 
     def __init__(self):
         super().__init__()
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, Callable[[str], Tensor]] = {}
+        self.callback(self._open.clear)
 
     def tensor(self, name: str, header: Header) -> Tensor:
-        """Memory-mapped: its bytes are read when they are used."""
+        """Memory-mapped: its bytes are read when they are used. Under dynamic VRAM the host maps it, so that it knows where
+        in which file a weight is, and can read it from there to the device.
+        """
         if header.shard not in self._open:
-            self._open[header.shard] = self.enter_context(open_safetensors(header.shard, CheckpointError))
-        return self._open[header.shard].get_tensor(name)
+            if comfy.memory_management.aimdo_enabled:
+                self._open[header.shard] = comfy.utils.load_safetensors(str(header.shard))[0].__getitem__
+            else:
+                shard = self.enter_context(open_safetensors(header.shard, CheckpointError))
+                self._open[header.shard] = shard.get_tensor
+        return self._open[header.shard](name)
 
 
 def inspect_base(folder: str | Path) -> BaseFiles:

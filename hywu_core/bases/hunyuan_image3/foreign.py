@@ -30,6 +30,11 @@ class BorrowedBank(Rows, nn.Module):
         self.bank = bank
         self.num_experts, self.in_features, self.out_features = bank.num_experts, bank.in_features, bank.out_features
 
+    @property
+    def weight(self) -> Tensor | None:
+        """Somebody's, whatever it is stored as."""
+        return getattr(self.bank, "weight", None)
+
     def bank_resident(self, x: Tensor) -> Any:
         """See the host's MoEExperts."""
         return self.bank.bank_resident(x)

@@ -11,6 +11,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...errors import CheckpointError
 from ...files.shards import main_dtype
 from . import vision
 from .base_model import HostConfig, HostModel, manage
@@ -66,6 +67,7 @@ def _model_of(files: BaseFiles, weight_dtype: torch.dtype | None, disable_dynami
         stored = main_dtype({name: header for name, header in files.headers.items() if name.startswith("model.")})
         dtype = weight_dtype or management.unet_dtype(device, parameters, supported, stored)
         cast = management.unet_manual_cast(dtype, device, supported)
+    _check_memory(files, dtype)
     host.set_inference_dtype(dtype, cast, device=device)
     # quantised layers make their weights when they are loaded; others are replaced, so none need be made before
     model = host.get_model({}, device=None if files.quantised else torch.device("meta"))
@@ -73,6 +75,19 @@ def _model_of(files: BaseFiles, weight_dtype: torch.dtype | None, disable_dynami
     patcher = manage(model, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (str(files.folder), weight_dtype))
     return patcher
+
+
+def _check_memory(files: BaseFiles, dtype: torch.dtype) -> None:
+    """Refuse what the operating system would end the process for, without a word."""
+    needed = files.memory_of_its_own(dtype)
+    available = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > available:
+        raise CheckpointError(
+            f"{files.folder} needs {needed / 1e9:.1f} GB of memory for its experts, which are stacked when it is loaded, but "
+            f"{available / 1e9:.1f} GB are available. Convert it once, and choose the new folder: its weights stay on the "
+            f"disk until they are used. Run: python scripts/convert_hunyuan_image3.py {files.folder} "
+            f"{files.folder}-fp8 --format fp8"
+        )
 
 
 def load_tower(

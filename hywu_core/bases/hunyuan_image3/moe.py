@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.memory_management
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...host.lora.experts import Routing, make_bank
+from ...host.lora.experts import make_bank
+from ...host.lora.grouped import Routing, grouped_is_fast
 
-TOKENS_AT_ONCE = 4096  # of a forward; bounds what the rows of a long sequence take, while the banks stay where they are
+# about that many rows of a forward at once: those of two images of 1024x1024, a step with guidance
+ROWS_AT_ONCE = 8 * 9216
 
 
 class Experts(nn.Module):
@@ -27,26 +30,37 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_and_up_proj, self.down_proj = gate_and_up_proj, down_proj
 
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x (B, L, H), weights and chosen experts (B, L, k) -> (B, L, H)."""
-        flat, shares, experts = x.reshape(-1, x.shape[-1]), weights.flatten(0, 1), chosen.flatten(0, 1)
-        summed, few = torch.zeros_like(flat), 2 * experts.numel() <= self.down_proj.num_experts
+    def stored_bytes(self) -> int:
+        """What the banks take as they are stored, quantised or not."""
+        return comfy.memory_management.vram_aligned_size([self.gate_and_up_proj.weight, self.down_proj.weight])
+
+    def route(self, x: Tensor, chosen: Tensor) -> Routing:
+        """Sort chosen experts (B, L, k). How many rows each has is asked for here, before any product, so that afterwards the
+        CPU runs ahead of the device; torch's own grouped products need not know.
+        """
+        routing = Routing.of(chosen, self.down_proj.num_experts)
+        if not grouped_is_fast(x):
+            routing.wait()
+        return routing
+
+    def forward(self, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        """x (B, L, H), weights (B, L, k) of the chosen experts -> (B, L, H)."""
+        flat, shares = x.reshape(-1, x.shape[-1]), weights.flatten()
+        summed, few = torch.zeros_like(flat), 2 * shares.numel() <= self.down_proj.num_experts
         with self.gate_and_up_proj.on_hand(x, few), self.down_proj.on_hand(x, few):
-            for start in range(0, len(flat), TOKENS_AT_ONCE):
-                part = slice(start, start + TOKENS_AT_ONCE)
-                self._add(summed[part], flat[part], shares[part], experts[part], first=start, length=x.shape[1])
+            for chunk in routing.chunks(ROWS_AT_ONCE):
+                token = chunk.order // weights.shape[-1]
+                rows = self.down_proj(_gated(self.gate_and_up_proj(flat[token], chunk)), chunk)
+                share = shares[chunk.order].unsqueeze(-1)
+                rows = rows * share if rows.requires_grad else rows.mul_(share)
+                summed.index_add_(0, token, rows.to(x.dtype))
         return summed.view_as(x)
 
-    def _add(self, summed: Tensor, x: Tensor, shares: Tensor, chosen: Tensor, first: int, length: int) -> None:
-        """Add what the chosen experts give to `summed` (tokens, H), for tokens `first` and on of sequences of a length."""
-        k = chosen.shape[-1]
-        order = torch.argsort(chosen.flatten(), stable=True)
-        token = order // k
-        counts = torch.bincount(chosen.flatten(), minlength=self.down_proj.num_experts).tolist()
-        routing = Routing(counts, (token + first) // length)
-        linear, gated = self.gate_and_up_proj(x[token], routing).chunk(2, dim=-1)
-        rows = self.down_proj(linear * F.silu(gated), routing) * shares.flatten()[order].unsqueeze(-1)
-        summed.index_add_(0, token, rows.to(x.dtype))
+
+def _gated(x: Tensor) -> Tensor:
+    """(rows, 2 M) -> (rows, M); what it is given is used up where no graph needs it."""
+    linear, gate = x.chunk(2, dim=-1)
+    return linear * F.silu(gate) if x.requires_grad else linear.mul_(F.silu(gate, inplace=True))
 
 
 class SharedExpert(nn.Module):
@@ -100,4 +114,6 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, H) -> (B, L, H)."""
-        return self.shared_mlp(x) + self.experts(x, *self.gate(x))
+        weights, chosen = self.gate(x)
+        routing = self.experts.route(x, chosen)
+        return self.shared_mlp(x) + self.experts(x, weights, routing)

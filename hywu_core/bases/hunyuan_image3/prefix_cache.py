@@ -19,6 +19,27 @@ MOST = 2  # entries: the conditional and the unconditional row, where they do no
 KeysValues = tuple[Tensor, Tensor]  # (B, key/value heads, tokens, head_dim) each
 
 
+class GrowingKeysValues:
+    """Keys and values of one layer while tokens are added, in memory for all of them.
+
+    Args:
+        most: tokens that it can hold.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.length = most, 0
+        self._all: KeysValues | None = None
+
+    def add(self, own: KeysValues) -> KeysValues:
+        """Those of more tokens; gives everybody's, without a copy."""
+        if self._all is None:
+            self._all = tuple(part.new_empty(*part.shape[:2], self.most, part.shape[3]) for part in own)
+        start, self.length = self.length, self.length + own[0].shape[2]
+        for whole, part in zip(self._all, own, strict=True):
+            whole[:, :, start : self.length] = part
+        return tuple(whole[:, :, : self.length] for whole in self._all)
+
+
 class PrefixKey(NamedTuple):
     """Everything that the prefix is computed from, except the weights, which stay as they are during a run."""
 
@@ -30,7 +51,11 @@ class PrefixKey(NamedTuple):
         """Whether the same prefix follows from both."""
         if self.layout != other.layout or self.adapters != other.adapters or len(self.tensors) != len(other.tensors):
             return False
-        return all(_same(mine, others) for mine, others in zip(self.tensors, other.tensors, strict=True))
+        pairs = list(zip(self.tensors, other.tensors, strict=True))
+        if not all(_alike(mine, others) for mine, others in pairs):
+            return False
+        # asked once for all of them: every question waits for the device
+        return bool(torch.stack([(mine == others).all() for mine, others in pairs]).all()) if pairs else True
 
 
 class PrefixCache:
@@ -76,9 +101,8 @@ def with_prefix_cache(executor, *args, **kwargs):
         cache.clear()
 
 
-def _same(mine: Tensor, others: Tensor) -> bool:
-    alike = mine.shape == others.shape and mine.dtype == others.dtype and mine.device == others.device
-    return alike and torch.equal(mine, others)
+def _alike(mine: Tensor, others: Tensor) -> bool:
+    return mine.shape == others.shape and mine.dtype == others.dtype and mine.device == others.device
 
 
 def _flatten(wrappers: dict[Any, list]) -> Iterable[Any]:

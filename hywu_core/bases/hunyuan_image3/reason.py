@@ -88,7 +88,9 @@ def generate(
     source = torch.Generator().manual_seed(seed)
     bar = comfy.utils.ProgressBar(most_tokens)
     stops, forced = _stops(special, mode), _forced(special, mode)
-    hidden, past = ready.decoder.prefill(ready.ids, sequence.layout, ready.sources, ready.dtype, keep=True)
+    hidden, past = ready.decoder.prefill(
+        ready.ids, sequence.layout, ready.sources, ready.dtype, more=most_tokens, options=ready.options
+    )
     written: list[int] = []
     while len(written) < most_tokens:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -100,8 +102,7 @@ def generate(
             watch(tokenizer.decode(written))
         if token in stops:
             break
-        place = sequence.layout.length + len(written) - 1
-        hidden, past = ready.decoder.decode(torch.tensor([[token]], device=ready.ids.device), place, past)
+        hidden = ready.decoder.decode(torch.tensor([[token]], device=ready.ids.device), past, ready.dtype)
     return written
 
 

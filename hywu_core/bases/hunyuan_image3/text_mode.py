@@ -4,7 +4,7 @@ here, whatever the MODEL carries. Source: reference fact 4.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
@@ -37,6 +37,8 @@ class Prepared(NamedTuple):
     ids: Tensor  # (1, L)
     sources: Sources
     dtype: torch.dtype
+    # what the host's sampler tells a model that it runs
+    options: dict[str, Any]
 
 
 def read_edit(model: comfy.model_patcher.ModelPatcher, edit: Edit) -> Reading:
@@ -49,7 +51,7 @@ def read_edit(model: comfy.model_patcher.ModelPatcher, edit: Edit) -> Reading:
     """
     sequence = edit.ratio_sequence()
     ready = prepare(model, edit, sequence)
-    hidden, _ = ready.decoder.prefill(ready.ids, sequence.layout, ready.sources, ready.dtype)
+    hidden, _ = ready.decoder.prefill(ready.ids, sequence.layout, ready.sources, ready.dtype, options=ready.options)
     logits = None if ready.decoder.lm_head is None else ready.decoder.logits(hidden[:, -1:])[0, 0].cpu()
     kept = hidden.to(comfy.model_management.intermediate_device(), torch.float32)
     condition = Condition((ConditionPart(HIDDEN_STATES, kept),), edit.request.prompt)
@@ -71,13 +73,13 @@ def prepare(model: comfy.model_patcher.ModelPatcher, edit: Edit, sequence: Seque
             "generator reads is what that base itself sees."
         )
     dtype, alone = base.get_dtype_inference(), bare(model)
-    room = working_memory(edit.config, dtype, 1, sequence.layout.length + more_tokens)
+    room = working_memory(decoder, dtype, 1, sequence.layout.length + more_tokens)
     comfy.model_management.load_models_gpu([alone], memory_required=room)
-    device = alone.load_device
+    device, options = alone.load_device, {"prefetch_dynamic_vbars": alone.is_dynamic()}
     scale = edit.config.vae.scaling_factor
     latents = tuple((latent * scale)[:, :, 0].to(device, dtype) for latent in edit.latents)
     vision = tuple(tokens.to(device, dtype) for tokens in edit.vision)
-    return Prepared(decoder, torch.tensor([sequence.ids], device=device), Sources(latents, vision), dtype)
+    return Prepared(decoder, torch.tensor([sequence.ids], device=device), Sources(latents, vision), dtype, options)
 
 
 def _chosen(edit: Edit, logits: Tensor | None) -> Size:

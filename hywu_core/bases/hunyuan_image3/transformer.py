@@ -8,6 +8,7 @@ are text mode: hidden states, and with `logits` the next token. Source: referenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import comfy.ldm.modules.attention
@@ -22,8 +23,10 @@ from .config import BaseConfig
 from .geometry import Rows
 from .image_ends import FinalLayer, PatchEmbed, TimestepEmbedder
 from .moe import MixtureOfExperts
-from .prefix_cache import KeysValues, PrefixKey, usable
+from .prefix_cache import GrowingKeysValues, KeysValues, PrefixKey, usable
 from .sequence import Layout
+
+Past = KeysValues | GrowingKeysValues
 
 TINY = 1e-3  # difference of timesteps that is rounding
 ADAPTERS = "hywu"  # where a bypass leaves (identity, strength) of what acts beside the weights
@@ -68,7 +71,7 @@ class Attention(nn.Module):
         self.query_layernorm = operations.RMSNorm(self.head_dim, **norm)
         self.key_layernorm = operations.RMSNorm(self.head_dim, **norm)
 
-    def forward(self, x: Tensor, stretch: Stretch, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, stretch: Stretch, past: Past | None) -> tuple[Tensor, KeysValues]:
         """x (B, L, H) -> (B, L, H), and the keys and values of x alone (B, kv_heads, L, head_dim)."""
         grouped = self.qkv_proj(x).unflatten(-1, (self.kv_heads, -1, self.head_dim))
         queries, keys, values = grouped.split((self.heads // self.kv_heads, 1, 1), dim=3)
@@ -76,7 +79,9 @@ class Attention(nn.Module):
         k = self._turned(keys.flatten(2, 3), self.key_layernorm, stretch)
         v = values.flatten(2, 3).transpose(1, 2)
         own = k, v
-        if past is not None:
+        if isinstance(past, GrowingKeysValues):
+            k, v = past.add(own)
+        elif past is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
         return self.o_proj(_attend(q, k, v, stretch)), own
 
@@ -105,7 +110,7 @@ class Layer(nn.Module):
         self.input_layernorm = operations.RMSNorm(config.hidden_size, **norm)
         self.post_attention_layernorm = operations.RMSNorm(config.hidden_size, **norm)
 
-    def forward(self, x: Tensor, stretch: Stretch, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, stretch: Stretch, past: Past | None) -> tuple[Tensor, KeysValues]:
         """See `Attention.forward`."""
         attended, own = self.self_attn(self.input_layernorm(x), stretch, past)
         x = x + attended
@@ -122,7 +127,7 @@ class Decoder(nn.Module):
         self.ln_f = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(
-        self, x: Tensor, stretch: Stretch, past: list[KeysValues] | None, keep: int | None, options: dict[str, Any]
+        self, x: Tensor, stretch: Stretch, past: Sequence[Past] | None, keep: int | None, options: dict[str, Any]
     ) -> tuple[Tensor, list[KeysValues]]:
         """x (B, L, H) -> the last layer's output (B, L, H), and every layer's keys and values of the first `keep` tokens."""
         kept = []
@@ -202,29 +207,26 @@ class HunyuanImage3(nn.Module):
         layout: Layout,
         sources: Sources,
         dtype: torch.dtype,
-        keep: bool = False,
+        more: int = 0,
         options: dict | None = None,
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """Text mode: the last layer's output for every token (B, L, H), before the final norm, and the keys and values if
-        they are to be kept.
+    ) -> tuple[Tensor, list[GrowingKeysValues]]:
+        """Text mode: the last layer's output for every token (B, L, H), before the final norm; and the keys and values, if
+        `more` tokens are to follow.
         """
         x = self._tokens(ids, layout, sources, dtype)
         stretch = Stretch.of(layout, self.config, x.device)
-        return self.model(x, stretch, None, layout.length if keep else None, options or {})
+        past = [GrowingKeysValues(layout.length + more) for _ in self.model.layers] if more else []
+        return self.model(x, stretch, past, None, options or {})[0], past
 
-    def decode(
-        self, token: Tensor, position: int, past: list[KeysValues], options: dict | None = None
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """Text mode: one more token (B, 1) at its place: its hidden state (B, 1, H), and everything's keys and values."""
-        x = self.model.wte(token, out_dtype=past[0][0].dtype)
-        layout = Layout(position + 1, (), None)
-        stretch = Stretch.of(layout, self.config, x.device, offset=position)
-        hidden, own = self.model(x, stretch, past, 1, options or {})
-        joined = [
-            tuple(torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
-            for before, new in zip(past, own, strict=True)
-        ]
-        return hidden, joined
+    def decode(self, token: Tensor, past: list[GrowingKeysValues], dtype: torch.dtype) -> Tensor:
+        """Text mode: the hidden state (B, 1, H) of one more token (B, 1), which is added to what `prefill` kept.
+
+        Nothing is fetched ahead: of a layer's experts, a token needs a few.
+        """
+        position = past[0].length
+        x = self.model.wte(token, out_dtype=dtype)
+        stretch = Stretch.of(Layout(position + 1, (), None), self.config, x.device, offset=position)
+        return self.model(x, stretch, past, None, {})[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: (B, L, H) -> (B, L, vocabulary), float32."""

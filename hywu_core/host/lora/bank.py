@@ -7,19 +7,20 @@ the host stacks the positive and the negative rows of one latent batch behind ea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy_aimdo.model_vbar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import MatchError
+from .grouped import Routing, add_low_rank
 from .matching import Match
+from .pages import has_a_page
 
 
 class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
@@ -35,7 +36,7 @@ class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         """The factor on x's device in x's dtype, in memory of its own. The buffers that the host streams weights through hold
         one weight each, and a bank of experts may stand in them while its adapters run.
         """
-        if not self._has_a_page():
+        if not has_a_page(self):
             yield comfy.model_management.cast_to(self.weight, x.dtype, x.device)
             return
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
@@ -43,11 +44,6 @@ class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             yield weight
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-
-    def _has_a_page(self) -> bool:
-        """Whether the host's dynamic memory has room for it on the device."""
-        page = getattr(self, "_v", None)
-        return page is not None and comfy_aimdo.model_vbar.vbar_fault(page) is not None
 
 
 class Adapter(torch.nn.Module):
@@ -58,22 +54,62 @@ class Adapter(torch.nn.Module):
         self.down, self.up = factor(match.pair.down), factor(match.pair.up)
         self.path, self.scale = match.module, scale
         self.start, self.length = match.start, match.length
-        self.grouped = match.pair.grouped
+        self.grouped, self.instances = match.pair.grouped, match.pair.down.shape[0]
         self.channels_first = match.channels_first
 
     def add_to(self, y: Tensor, x: Tensor, strength: float, routing: Any = None) -> Tensor:
-        """The layer's output with this adapter's added: y (..., out), x (..., in); of a convolution (B, out, ...)."""
+        """The layer's output with this adapter's added: y (..., out), x (..., in); of a convolution (B, out, ...).
+        Without a graph, y itself is changed.
+        """
         if self.channels_first:
             y, x = y.movedim(1, -1), x.movedim(1, -1)
+        plain = self.instances == 1 and not (self.grouped or self.channels_first or torch.is_grad_enabled())
         with self.down.near(x) as down, self.up.near(x) as up:
+            if plain and y.is_contiguous() and y.dtype is x.dtype:
+                hidden = F.linear(x.reshape(-1, x.shape[-1]), down[0])
+                rows = self._rows(y.view(-1, y.shape[-1]))
+                rows.addmm_(hidden, up[0].mT, alpha=strength * self.scale)
+                return y
             down = down * (strength * self.scale)  # the smallest of the tensors that it could be multiplied into
             delta = grouped_delta(x, down, up, routing) if self.grouped else delta_of(x, down, up)
-        y = y + delta if self.length is None else self._add_to_rows(y, delta)
+        if self.length is None:
+            y = y + delta
+        elif torch.is_grad_enabled():
+            before, rows, behind = y.tensor_split((self.start, self.start + self.length), dim=-1)
+            y = torch.cat((before, rows + delta, behind), dim=-1)
+        else:
+            self._rows(y).add_(delta)
         return y.movedim(-1, 1) if self.channels_first else y
 
-    def _add_to_rows(self, y: Tensor, delta: Tensor) -> Tensor:
-        before, rows, behind = y.tensor_split((self.start, self.start + self.length), dim=-1)
-        return torch.cat((before, rows + delta, behind), dim=-1)
+    def _rows(self, y: Tensor) -> Tensor:
+        """Those that it changes, of y (..., out)."""
+        return y if self.length is None else y.narrow(-1, self.start, self.length)
+
+
+def add_parts(y: Tensor, x: Tensor, parts: list[tuple[Adapter, float]], routing: Routing | None = None) -> Tensor:
+    """A layer's output with what adapters add, each at its strength. y may be used up."""
+    together = [part for part in parts if part[0].grouped and part[0].instances == 1 and not torch.is_grad_enabled()]
+    if together:
+        y = _add_together(y, x, together, routing)
+    for adapter, strength in (part for part in parts if part not in together):
+        y = adapter.add_to(y, x, strength, routing)
+    return y
+
+
+def _add_together(y: Tensor, x: Tensor, parts: list[tuple[Adapter, float]], routing: Routing) -> Tensor:
+    """All adapters of one bank of experts as one, of the ranks' sum: its factors are brought once, and each expert takes two
+    products.
+    """
+    with ExitStack() as held:
+        downs = [held.enter_context(adapter.down.near(x))[0] for adapter, _ in parts]
+        ups = [held.enter_context(adapter.up.near(x))[0] for adapter, _ in parts]
+        rank = sum(up.shape[-1] for up in ups)
+        joined, first = x.new_zeros(len(ups[0]), y.shape[-1], rank), 0
+        for (adapter, strength), up in zip(parts, ups, strict=True):
+            rows = slice(adapter.start, adapter.start + up.shape[1])
+            torch.mul(up, strength * adapter.scale, out=joined[:, rows, first : first + up.shape[-1]])
+            first += up.shape[-1]
+        return add_low_rank(y, x, downs[0] if len(downs) == 1 else torch.cat(downs, dim=1), joined, routing)
 
 
 class Bank(torch.nn.Module):
@@ -112,22 +148,12 @@ def delta_of(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.bmm(hidden, up.repeat(copies, 1, 1).mT).reshape(*x.shape[:-1], up.shape[1])
 
 
-def grouped_delta(x: Tensor, down: Tensor, up: Tensor, routing: Any) -> Tensor:
+def grouped_delta(x: Tensor, down: Tensor, up: Tensor, routing: Routing) -> Tensor:
     """The same inside a bank of experts: x (rows, in) sorted by expert, down (B, E, r, in), up (B, E, out, r)."""
-    delta = x.new_empty(x.shape[0], up.shape[2])
-    instances = down.shape[0]
-    counts = routing.counts.tolist() if isinstance(routing.counts, Tensor) else routing.counts
-    start = 0
-    for expert, count in enumerate(counts):
-        part = slice(start, start + count)
-        start += count
-        if instances == 1:
-            delta[part] = F.linear(F.linear(x[part], down[0, expert]), up[0, expert])
-            continue
-        owner = routing.samples[part] % instances
-        for instance in range(instances):
-            rows = torch.nonzero(owner == instance).squeeze(-1) + part.start
-            delta[rows] = F.linear(F.linear(x[rows], down[instance, expert]), up[instance, expert])
+    delta, instances = x.new_empty(x.shape[0], up.shape[2]), down.shape[0]
+    for expert, sample, part in routing.parts_of_samples():
+        instance = sample % instances
+        delta[part] = F.linear(F.linear(x[part], down[instance, expert]), up[instance, expert])
     return delta
 
 

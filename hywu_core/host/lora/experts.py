@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from .grouped import Routing, grouped_is_fast, grouped_linear
+from .pages import has_a_page, pinned
+
 
 class ForeignMixture(NamedTuple):
     """How another pack keeps a mixture of experts whose banks a base of ours has below `experts`. Its banks are never called,
@@ -54,13 +57,6 @@ def foreign_bank(path: str) -> tuple[ForeignMixture, str] | None:
     return None
 
 
-class Routing(NamedTuple):
-    """How rows that are sorted by expert came about."""
-
-    counts: list[int]  # (E) rows of each expert
-    samples: Tensor  # (rows,) which sample of the batch each row belongs to
-
-
 class Rows:
     """How a bank of the host's kind runs on rows, whatever its weights are stored as."""
 
@@ -68,9 +64,15 @@ class Rows:
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (rows, in) sorted by expert -> (rows, out)."""
-        linear = self._expert_alone if self._singly else self.expert_linear
-        parts = x.split(routing.counts)
-        return torch.cat([linear(rows, expert) for expert, rows in enumerate(parts) if rows.shape[0]])
+        if self._singly or x.requires_grad or not self._dense():
+            linear = self._expert_alone if self._singly else self.expert_linear
+            return torch.cat([linear(x[part], expert) for expert, part in routing.parts()])
+        if grouped_is_fast(x) and (whole := self._matrices()) is not None:
+            return grouped_linear(x, whole, routing)
+        y = x.new_empty(x.shape[0], self.out_features)
+        for expert, part in routing.parts():
+            torch.mm(x[part], self._matrix(expert).mT, out=y[part])
+        return y
 
     @contextmanager
     def on_hand(self, x: Tensor, few: bool) -> Iterator[None]:
@@ -87,13 +89,33 @@ class Rows:
             with self.bank_resident(x):
                 yield
 
+    def _expert_of(self, weight: Tensor, expert: int) -> Tensor:
+        """(out, in) of one expert of a whole bank."""
+        return self._expert_qt_from(weight, expert) if isinstance(weight, QuantizedTensor) else weight[expert]
+
+    def _dense(self) -> bool:
+        """Whether `_matrix` may be asked while the bank is on hand; else only `expert_linear` knows how to multiply."""
+        return False
+
+    def _matrix(self, expert: int) -> Tensor:
+        """(out, in) of one expert, where the rows are, in their dtype."""
+        raise NotImplementedError
+
+    def _matrices(self) -> Tensor | None:
+        """(E, out, in) likewise, where nothing has to be computed for it."""
+        return None
+
     def _is_elsewhere(self, x: Tensor) -> bool:
-        """Patches that are added on the way want the whole bank."""
+        """Patches that are added on the way want the whole bank; and under dynamic memory its weight always says that it is
+        on the CPU, so the host is asked.
+        """
         patched = self.weight_function or getattr(self, "weight_lowvram_function", None)
-        return self.weight.device != x.device and not patched
+        return self.weight.device != x.device and not patched and not has_a_page(self)
 
     def _expert_alone(self, x: Tensor, expert: int) -> Tensor:
-        weight = self.expert_weight(expert).to(x.device)
+        kept = pinned(self)
+        weight = self._expert_of(self.weight if kept is None else kept, expert)
+        weight = weight.to(x.device, non_blocking=comfy.model_management.device_supports_non_blocking(x.device))
         weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
         return F.linear(x, weight.to(x.dtype))
 
@@ -128,6 +150,15 @@ class ExpertBank(Rows, nn.Module, comfy.ops.CastWeightBiasOp):
         """(out, in) of one expert, where the bank is."""
         return self.weight[expert]
 
+    def _dense(self) -> bool:
+        return True
+
+    def _matrix(self, expert: int) -> Tensor:
+        return self._resident[expert]
+
+    def _matrices(self) -> Tensor:
+        return self._resident
+
 
 class QuantizedRows(Rows):
     """Beside the host's own bank."""
@@ -140,6 +171,15 @@ class QuantizedRows(Rows):
                 yield
             finally:
                 self._resident_bank = None
+
+    def _dense(self) -> bool:
+        weight = self._resident_bank[0]
+        fast = isinstance(weight, QuantizedTensor) and weight.layout_cls.supports_fast_matmul()
+        return self._full_precision_mm or not fast
+
+    def _matrix(self, expert: int) -> Tensor:
+        weight = self._expert_of(self._resident_bank[0], expert)
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
 
 @contextmanager

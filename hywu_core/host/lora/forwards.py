@@ -11,7 +11,7 @@ import comfy.cli_args
 import torch
 from torch import Tensor, nn
 
-from .bank import Adapter
+from .bank import Adapter, add_parts
 
 Part = tuple[Adapter, float]  # an adapter and its strength
 
@@ -59,9 +59,7 @@ class Beside:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.ran = True
         y = self.forward(x, *args, **kwargs)
-        for adapter, strength in self.parts:
-            y = adapter.add_to(y, x, strength, *args[:1])
-        return y
+        return add_parts(y, x, self.parts, *args[:1])
 
 
 _lock, _blocks, _before = threading.Lock(), 0, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ...training.options import REFUSE, RESTART
 from ..lora.apply import applied_loras
 
 FILE = "run.json"  # in a run's folder, beside its state and logs
+BEGUN = "begun"  # an entry of it
 SAMPLED = 64  # numbers of every weight that count: each may be a page of a file that is read for it
 
 
@@ -44,9 +46,16 @@ def claim(folder: Path, now: Mapping[str, Any], options: SessionOptions) -> bool
     else:
         for file in (*(folder / name for name in (STATE, LOG, VALIDATION)), *folder.glob("step-*.png")):
             _remove(file)
+    kept = {BEGUN: begun(folder) if goes_on else date.today().isoformat()}
     with atomic_write(folder / FILE) as temporary:
-        temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({**now, **kept}, indent=1), encoding="utf-8")
     return goes_on
+
+
+def begun(folder: Path) -> str:
+    """The day on which the run of a folder was begun, as its file says; "" if that does not say."""
+    day = json.loads((folder / FILE).read_text(encoding="utf-8")).get(BEGUN, "")
+    return day if isinstance(day, str) and len(day) <= len("2000-01-01") else ""
 
 
 def _remove(file: Path) -> None:

@@ -11,6 +11,7 @@ from ...condition import SOURCES, Condition
 from ...config import GeneratorConfig
 from ...errors import ConfigError, HywuError
 from ...files.text import read_text
+from ...lineage import instructions as as_kept
 from ...training import SampleSource, TrainingError
 from ...training.distributed import Accelerated, share_state
 from ...training.options import RunConfig
@@ -21,8 +22,10 @@ from ..new_generator import generator_config
 from . import base_files
 from .frozen import refuse_untrainable
 from .identity import digest
+from .lessons import Encoding, HostLesson, Picture, ask, remembering
 from .pairs_of_folder import EncodedPairs, Encoders, Pair, Reading, hold_out, read_pairs
 from .session import RECENT, Front, Progress, Session, StoppedError, Task
+from .teach import ASKED_ABOUT, lora_lesson, read_lines
 
 # in a run's folder, beside its state and logs
 GENERATOR, KEPT = "generator", "encoded"
@@ -44,6 +47,7 @@ class Pairs(Protocol):
 
     identity: dict[str, Any]  # see `Task`
     origin: str  # for the generator's file
+    instructions: tuple[str, ...]  # of all pairs, each once
 
     def encode(self, progress: Callable[[int, int], None], communication: Accelerated) -> None:
         """Whatever must be done once before the first step; every process of a machine does its share."""
@@ -53,6 +57,9 @@ class Pairs(Protocol):
 
     def sources(self, config: GeneratorConfig) -> tuple[SampleSource, SampleSource | None]:
         """To train on, and held out, for a generator."""
+
+    def pictures(self, count: int) -> list[Picture]:
+        """At most so many sources, to ask instructions about; always the same."""
 
 
 def train_on_folder(
@@ -141,6 +148,7 @@ class PairsOfFolder:
         self.sets = [EncodedPairs(some, Path(run.output) / KEPT, encoders, reading) for some in (pairs, held_out)]
         self.identity = {"encoders": encoders, **_identity(pairs), "held_out": digest(_identity(held_out).items())}
         self.origin = f"{len(pairs) + len(held_out)} pairs {self.identity['pictures']}"
+        self.instructions = as_kept(pair.instruction for pair in pairs)
 
     def encode(self, progress: Callable[[int, int], None], communication: Accelerated) -> None:
         encoders = None
@@ -157,6 +165,9 @@ class PairsOfFolder:
         for some in self.sets:
             some.config = config
         return self.sets[0], self.sets[1] if len(self.sets[1]) else None
+
+    def pictures(self, count: int) -> list[Picture]:
+        return [Picture(*found) for found in self.sets[0].sources(count)]
 
 
 def base_from_files(run: RunConfig) -> Base:
@@ -183,12 +194,37 @@ def _prepare(
         handle = _generator(run, base.model, pairs)
         sources = pairs.sources(handle.config)
         provenance = {"regime": run.regime, "data": pairs.origin, "base": base.name}
-        task = Task(base.model, handle, *sources, {**pairs.identity, **run.identity()}, provenance)
+        identity = {**pairs.identity, **run.identity()}
+        lessons, known, learned = _lessons(run, base, pairs, handle)
+        texts = (*(pairs.instructions if run.training.diffusion else ()), *learned)
+        task = Task(base.model, handle, *sources, identity, provenance, texts, known, lessons)
         return Session(task, run.training, run.session(), Path(run.output), front, communication)
 
     base, pairs = _together(communication, read)
     _together(communication, lambda: pairs.encode(front.encoded, communication))
     return _together(communication, session)
+
+
+def _lessons(
+    run: RunConfig, base: Base, pairs: Pairs, handle: GeneratorHandle
+) -> tuple[tuple[HostLesson, ...], tuple[str, ...], tuple[str, ...]]:
+    """The lessons in weight space that a run asks for, the instructions of its memory, and those of LoRA files."""
+    config = run.training
+    if not (config.memory or config.loras):
+        return (), (), ()
+    pictures = pairs.pictures(ASKED_ABOUT)
+    encoding = Encoding(base.encoders().clip, base.model, run.text_sees_source)
+    lessons, known, learned = [], (), ()
+    if config.memory:
+        teacher = memory.load(Path(run.teacher)) if run.teacher else handle
+        given = read_lines(Path(run.old_instructions)) if run.old_instructions else ()
+        known = as_kept(given) or as_kept(teacher.config.hywu.get("instructions", ())) or pairs.instructions
+        asked = ask(known, pictures, encoding, handle.config)
+        lessons.append(remembering(teacher, handle.config, asked, config, run.dtype))
+    if config.loras:
+        lesson, learned = lora_lesson(base.model, handle, Path(run.lora_files), pictures, encoding, config)
+        lessons.append(lesson)
+    return tuple(lessons), known, learned
 
 
 def _read(run: RunConfig) -> tuple[list[Pair], list[Pair]]:

@@ -21,17 +21,22 @@ from comfy_execution.utils import get_executing_context
 
 from ...files.atomic import atomic_write
 from ...files.names import below
+from ...lineage import instructions as as_kept
 from ...training import SessionOptions, TrainConfig
 from .. import folders, streaming
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
+from . import teach
 from .frozen import refuse_untrainable
+from .lessons import Encoding, HostLesson, LessonError, Picture, ask, remembering
 from .pairs_of_lists import HostPairs, host_pairs
 from .previews import contact_sheet
 from .session import Front, Progress, Session, Task
+from .teach import NewEdit, Studio
 
 FOLDER = "hywu"  # below the output folder
 GENERATOR = "generator.safetensors"  # in a run's folder
+LORA_FOLDER = "loras"  # the host's
 PREVIEW_SIDE = 512  # pixels, of the picture shown at the node
 SHOW_AGAIN = 1.0  # seconds
 
@@ -55,6 +60,8 @@ def train_on_lists(
     name: str,
     held_out: int = 0,
     vae: Any = None,
+    instructions: Sequence[str] = (),
+    remember: Remember | None = None,
 ) -> Result:
     """Train a copy of a generator to the end of its schedule, going on where a run of the same name stopped.
 
@@ -63,6 +70,8 @@ def train_on_lists(
     Args:
         held_out: pairs that are not trained on.
         vae: for pictures of validation pairs.
+        instructions: those of the pairs, for the generator's file.
+        remember: what to stay with, where `config` gives it a weight.
     Raises:
         PairError, ConditionError: see `host_pairs`. MatchError: if generator and model do not fit, or the model cannot be
             trained on. TrainingError: for a loss that is not finite, or a name that belongs to another run.
@@ -75,8 +84,10 @@ def train_on_lists(
         pairs = host_pairs(model, handle.config, latents, positive, generator_positive)
         identity = {**pairs.identity(), "held_out": held_out}
         training, shown = pairs.split(held_out) if held_out else (pairs, pairs)
-        task = Task(model, handle, training, shown if held_out else None, identity, {"run": name})
-        front = ServerFront(folder, name, config, shown, vae)
+        lessons, kept = _lessons(model, handle, training, config, options, remember)
+        texts = as_kept(instructions)
+        task = Task(model, handle, training, shown if held_out else None, identity, {"run": name}, texts, kept, lessons)
+        front = ServerFront(folder, name, config.steps, shown, vae)
         session = Session(task, config, options, folder, front)
         try:
             front.bar.update_absolute(session.trainer.done)
@@ -84,6 +95,103 @@ def train_on_lists(
             return Result(session.result(name), {"loss": session.losses}, session.trainer.done)
         finally:
             session.release()
+
+
+class Remember(NamedTuple):
+    """What a run is to stay with while it learns other pairs."""
+
+    clip: Any = None  # the host's CLIP, for the old instructions
+    old_instructions: Sequence[str] = ()  # by default those that the teacher's file names
+    teacher: GeneratorHandle | None = None  # by default the generator that is trained further
+
+
+def _lessons(
+    model: comfy.model_patcher.ModelPatcher,
+    handle: GeneratorHandle,
+    pairs: HostPairs,
+    config: TrainConfig,
+    options: SessionOptions,
+    remember: Remember | None,
+) -> tuple[tuple[HostLesson, ...], tuple[str, ...]]:
+    """A memory on the sources of pairs, if it has a weight; and its instructions."""
+    remember = remember or Remember()
+    old = as_kept(remember.old_instructions)
+    if not config.memory:
+        if remember.clip is not None or old or remember.teacher:
+            raise LessonError("clip, old_instructions and teacher have no effect with a memory of 0. Give it a weight.")
+        return (), ()
+    if remember.clip is None:
+        raise LessonError("memory asks old instructions, so it needs the base's text encoder. Wire clip.")
+    teacher = remember.teacher or handle
+    texts = teach.old_instructions(teacher, old)
+    sources = [Picture(latent) for latent in pairs.sources(teach.ASKED_ABOUT)]
+    asked = ask(texts, sources, Encoding(remember.clip, model), handle.config, progress=_interruptible)
+    return (remembering(teacher, handle.config, asked, config, options.precision),), texts
+
+
+def teach_on_server(
+    studio: Studio,
+    handle: GeneratorHandle,
+    new: NewEdit,
+    old: Sequence[str],
+    pictures: Sequence[torch.Tensor],
+    config: TrainConfig,
+    options: SessionOptions,
+    name: str,
+    regime: str,
+) -> teach.Result:
+    """Teach a copy of a generator one new edit.
+
+    Raises:
+        HywuError: see `teach.prepare_teaching` and `Session`.
+    """
+    folder = run_folder(name)
+    task, pairs = teach.prepare_teaching(studio, handle, new, old, pictures, config, options, regime, _interruptible)
+    front = ServerFront(folder, name, config.steps, pairs, studio.vae)
+    return teach.do(_named(task, name), config, options, folder, front, name)
+
+
+def learn_on_server(
+    studio: Studio,
+    handle: GeneratorHandle,
+    loras: str,
+    pictures: Sequence[torch.Tensor],
+    config: TrainConfig,
+    options: SessionOptions,
+    name: str,
+) -> teach.Result:
+    """Train a copy of a generator on the LoRAs of a folder below models/loras.
+
+    Raises:
+        HywuError: see `teach.prepare_learning` and `Session`.
+    """
+    folder = run_folder(name)
+    task = teach.prepare_learning(studio, handle, lora_folder(loras), pictures, config, _interruptible)
+    return teach.do(_named(task, name), config, options, folder, ServerFront(folder, name, config.steps), name)
+
+
+def lora_folders() -> list[str]:
+    """Folders below the host's folders of LoRAs that hold files, to choose from; "." is one of those folders itself."""
+    return sorted({Path(name).parent.as_posix() for name in folder_paths.get_filename_list(LORA_FOLDER)})
+
+
+def lora_folder(name: str) -> Path:
+    """Resolve a name that `lora_folders` listed.
+
+    Raises:
+        LessonError: if none of the host's folders has it.
+    """
+    roots = folder_paths.get_folder_paths(LORA_FOLDER)
+    for root in roots:
+        path = Path(os.path.normpath(os.path.join(root, name)))
+        if path.is_relative_to(os.path.normpath(root)) and any(path.glob("*.safetensors")):
+            return path
+    raise LessonError(f"There is no folder {name!r} with LoRA files in {', '.join(roots)}.")
+
+
+def modified(name: str) -> float:
+    """When the newest file of a folder of LoRAs changed, so that it is learned from again."""
+    return max(path.stat().st_mtime for path in lora_folder(name).iterdir())
 
 
 def run_folder(name: str) -> Path:
@@ -95,12 +203,20 @@ def run_folder(name: str) -> Path:
     return below(os.path.join(folder_paths.get_output_directory(), FOLDER), name, "a run")
 
 
+def _named(task: Task, name: str) -> Task:
+    return task._replace(provenance={**task.provenance, "run": name})
+
+
+def _interruptible(done: int, total: int) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 class ServerFront(Front):
     """The node that trains."""
 
-    def __init__(self, folder: Path, name: str, config: TrainConfig, shown: HostPairs, vae: Any):
+    def __init__(self, folder: Path, name: str, steps: int, shown: HostPairs | None = None, vae: Any = None):
         self.folder, self.name, self.shown, self.vae = folder, name, shown, vae
-        self.bar = comfy.utils.ProgressBar(config.steps)
+        self.bar = comfy.utils.ProgressBar(steps)
         context = get_executing_context()
         self.text = streaming.on_node(context.node_id if context else None)
         self._next, self._sheet = 0.0, None
@@ -125,7 +241,7 @@ class ServerFront(Front):
             self.text(str(progress))
 
     def preview(self, session: Session) -> None:
-        if self.vae is None:
+        if self.vae is None or self.shown is None:
             return
         sheet = contact_sheet(session.objective.patcher, self.vae, self.shown, session.lora)
         # the VAE may have taken the room

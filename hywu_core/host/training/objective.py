@@ -184,7 +184,7 @@ class DiffusionObjective:
     @contextmanager
     def in_training(self, lora: InstanceLora | None, sigma: Tensor) -> Iterator[None]:
         """For the time of the block, the host in training mode, LoRAs beside the base, in-place operations made safe."""
-        before = comfy.model_management.in_training
+        before = comfy.model_management.in_training, self.base.current_patcher
         comfy.model_management.in_training = True
         self.base.current_patcher = self.patcher
         adapters = self.carried.adapters(self.base.model_sampling, sigma)
@@ -201,7 +201,7 @@ class DiffusionObjective:
                     undo.enter_context(checkpointed(self.base.diffusion_model, stack))
                 yield
         finally:
-            comfy.model_management.in_training = before
+            comfy.model_management.in_training, self.base.current_patcher = before
 
     @contextmanager
     def _naming_what_is_in_the_way(self) -> Iterator[None]:

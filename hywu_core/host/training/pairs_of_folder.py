@@ -160,6 +160,17 @@ class EncodedPairs:
             tensors[TARGET][0], _entry(tensors, options, part, self.reading), condition, self.pairs[index].key
         )
 
+    def sources(self, count: int) -> list[tuple[Tensor, Tensor | None, Any]]:
+        """(latent, pixels where the text encoder sees them, what a vision model gave) of at most so many source pictures."""
+        first = {pair.source_digest: index for index, pair in reversed(list(enumerate(self.pairs)))}
+        found = []
+        for index in sorted(first.values())[:count]:
+            pair, (tensors, _) = self.pairs[index], self._kept(index)
+            pixels = _picture(pair.source, pair, self.reading) if self.reading.text_sees_source else None
+            vision = {"last_hidden_state": tensors[VISION]} if VISION in tensors else None
+            found.append((tensors[SOURCE], pixels, vision))
+        return found
+
     def condition(self, index: int) -> Condition:
         """What there is for a generator to read."""
         return self._condition(*self._kept(index))

@@ -82,6 +82,14 @@ class HostPairs(Sequence):
         apart = {int((place + 0.5) * count / held_out) for place in range(held_out)}
         return self.chosen([i for i in range(count) if i not in apart]), self.chosen(sorted(apart))
 
+    def sources(self, count: int) -> list[Tensor]:
+        """At most so many of the pairs' source pictures, as latents, each once."""
+        found: dict[str, Tensor] = {}
+        for sample in self.samples:
+            for latent in sample.conditioning[1].get(REFERENCES, ())[:1]:
+                found.setdefault(digest([latent]), latent)
+        return list(found.values())[:count]
+
     def identity(self) -> dict[str, str]:
         """Digests by which a run knows its data again."""
         entries = [pair.entry for pair in self.kept]

@@ -22,6 +22,7 @@ import torch
 
 from ...errors import HywuError
 from ...files.checkpoint import save_generator
+from ...lineage import continued
 from ...lora import InstanceLora
 from ...training import (
     GeneratorTrainable,
@@ -33,19 +34,23 @@ from ...training import (
     TrainConfig,
     Trainer,
 )
+from ...training.data import batch_of
 from ...training.log import STATE
 from ...training.memory import graph_bytes
 from ...training.options import PRECISIONS
 from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss
+from ...training.weight_space import WeightSpace
 from .. import memory
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
-from .identity import claim, digest_of_base
+from .identity import begun, claim, digest_of_base
+from .lessons import HostLesson
 from .objective import DiffusionObjective
 
 FINISH = "finish"
 RECENT = 50  # steps whose losses are averaged for show, and after which the base's own loss is measured again
+DIGESTS = 12  # of the data, that a step of a generator's life names
 COPIES = 5  # of a generator's weights while it is trained: itself, gradients, two moments, averages
 
 
@@ -58,10 +63,14 @@ class Task(NamedTuple):
 
     model: comfy.model_patcher.ModelPatcher
     handle: GeneratorHandle  # a copy is trained
-    pairs: SampleSource
+    pairs: SampleSource | None  # None: lessons in weight space alone
     held_out: SampleSource | None
     identity: dict[str, Any]  # digests of the pairs, and how they are read, as JSON holds them
     provenance: dict[str, Any]  # what else the trained generator's file says
+    instructions: tuple[str, ...] = ()  # of the pairs, for the generator's file; as far as they are known as text
+    known: tuple[str, ...] = ()  # instructions that it knew before, which its file may not name
+    lessons: tuple[HostLesson, ...] = ()
+    kind: str = "trained"  # of this step of the generator's life
 
 
 class Progress(NamedTuple):
@@ -73,6 +82,7 @@ class Progress(NamedTuple):
     seconds: float  # of a step
     at: tuple[float, float] | None  # the last measured step's loss, and the base's own on the same pairs and noise
     held_out: tuple[float, float] | None  # the same of the held-out pairs
+    distances: dict[str, float] = {}  # of every lesson in weight space, in the last step
 
     def __str__(self) -> str:
         text = f"step {self.done}/{self.steps}: loss {self.loss:.4g}"
@@ -80,6 +90,8 @@ class Progress(NamedTuple):
             text += f" (last measured {self.at[0]:.4g}, without a LoRA {self.at[1]:.4g})"
         if self.held_out:
             text += f", held out {self.held_out[0]:.4g} (without a LoRA {self.held_out[1]:.4g})"
+        for name, distance in self.distances.items():
+            text += f", {name}: distance {distance:.3g}"
         left = _time((self.steps - self.done) * self.seconds)
         return f"{text}, {self.seconds:.2f} s a step" + (f", {left} left" if self.done < self.steps else "")
 
@@ -131,26 +143,39 @@ class Session:
         communication = communication or Alone()
         self.main = communication.rank == 0
         check_fits(task.model.model, task.handle.config)
-        self.objective = DiffusionObjective(task.model, options.checkpoint_stack)
+        learns = task.pairs is not None and config.diffusion > 0
+        self.objective = DiffusionObjective(task.model, options.checkpoint_stack) if learns else None
         self.generator = memory.trainable_copy(task.handle)
         self.generator.checkpoint_blocks = options.checkpoint_generator
         self.patcher = memory.manage_training(self.generator)
-        goes_on = self.main and claim(folder, self._identity(config), options)
-        trainable = GeneratorTrainable(self.generator, PRECISIONS[options.precision])
-        self._room = self._needed(trainable, config, task.pairs.sample(0, torch.Generator()))
-        self.load()
-        self.trainer = Trainer(trainable, self.objective, task.pairs, config, communication, front.check)
+        self.trainer: Trainer | None = None
         self.log: RunLog | None = None
-        if goes_on:
-            self.trainer.resume(folder / STATE)
-            front.say(f"The run in {folder} goes on after step {self.trainer.done}.")
+        try:
+            self._begin(config, communication)
+        except Exception:
+            self.release()
+            raise
         self._at: tuple[float, float] | None = None
         self._held_out: tuple[float, float] | None = None
         self._began: tuple[float, int] | None = None
 
+    def _begin(self, config: TrainConfig, communication: Communication) -> None:
+        goes_on = self.main and claim(self.folder, self._identity(config), self.options)
+        self.begun = begun(self.folder) if self.main else ""
+        trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
+        pairs = self.task.pairs if self.objective else None
+        self._room = self._needed(trainable, config, pairs.sample(0, torch.Generator()) if pairs else None)
+        self.load()
+        lessons = WeightSpace([found.lesson for found in self.task.lessons], config.seed)
+        self.trainer = Trainer(trainable, self.objective, pairs, config, communication, self.front.check, lessons)
+        if goes_on:
+            self.trainer.resume(self.folder / STATE)
+            self.front.say(f"The run in {self.folder} goes on after step {self.trainer.done}.")
+
     def load(self) -> None:
-        """Have the host load generator and base, with room for what training needs beside them. The base may be offloaded."""
-        comfy.model_management.load_models_gpu([self.patcher, *self.objective.patchers], memory_required=self._room)
+        """Have the host load everything, with room for what training needs beside it. The base may be offloaded."""
+        patchers = [self.patcher, *self._teachers, *(self.objective.patchers if self.objective else ())]
+        comfy.model_management.load_models_gpu(patchers, memory_required=self._room)
 
     def run(self) -> None:
         """All steps that are left. Whatever ends it early, state and generator of the last whole step are kept.
@@ -164,7 +189,7 @@ class Session:
                 f"The run has {trainer.done} steps already, and {trainer.config.steps} are asked for: the generator is given "
                 "as it is, and the state is kept."
             )
-        self.log = RunLog(self.folder, trainer.done) if self.main else None
+        self.log = RunLog(self.folder, trainer.done, trainer.lessons.names) if self.main else None
         self._began = time.monotonic(), begun
         try:
             trainer.run(self._after_step, self.folder / STATE if self.main else None, self.options.save_every)
@@ -211,11 +236,15 @@ class Session:
 
     def release(self) -> None:
         """Give back the memory that only this run needed."""
-        own_base = self.objective.patcher.model is not self.task.model.model
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        objective, only_ours = self.objective, [self.patcher, *self._teachers]
+        if objective:
+            own_base = objective.patcher.model is not self.task.model.model
+            only_ours += [*objective.banks, *([objective.patcher] if own_base else [])]
+        if self.trainer:
+            self.trainer.optimizer.zero_grad(set_to_none=True)
         if self.log:
             self.log.close()
-        for patcher in (self.patcher, *self.objective.banks, *([self.objective.patcher] if own_base else [])):
+        for patcher in only_ours:
             # by name: what an error's traceback still holds would be called a leak
             comfy.model_management.unload_model_and_clones(patcher, unload_additional_models=False)
         self.trainer = self.generator = self.patcher = self.objective = self.log = None
@@ -223,17 +252,41 @@ class Session:
         comfy.model_management.cleanup_models_gc()
         comfy.model_management.soft_empty_cache()
 
-    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, sample: Sample) -> int:
-        size = config.micro_batch or config.batch
+    def losses_of(self, trainable: GeneratorTrainable | None) -> float:
+        """The mean loss over at most `held_out_limit` pairs of what a generator writes, or of the base alone, always with the
+        same noise.
+        """
+        config, pairs = self.trainer.config, self.task.pairs
+        count = min(self.options.held_out_limit, len(pairs))
+        size, total = config.micro_batch or config.batch, 0.0
+        with torch.no_grad():
+            for start in range(0, count, size):
+                draws = batch_of(pairs, config.seed, 0, count, slice(start, min(start + size, count)))
+                lora = trainable.lora([draw.sample for draw in draws]) if trainable else None
+                total += float(self.objective.evaluate(lora, draws).double().sum())
+        return total / count
+
+    @property
+    def _teachers(self) -> list[comfy.model_patcher.ModelPatcher]:
+        return [patcher for found in self.task.lessons for patcher in found.patchers]
+
+    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, pair: Sample | None) -> int:
+        """Bytes beside the weights, for a run on pairs like one, or on lessons in weight space alone."""
         weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
-        length = sample.condition.shape[0]
+        samples = [*([pair] if pair else ()), *(found.lesson.samples[0] for found in self.task.lessons)]
+        length = max(sample.condition.shape[0] for sample in samples)
         graph = graph_bytes(self.generator.config, length, trainable.dtype, self.generator.checkpoint_blocks)
-        graphs = graph * min(config.batch, trainable.graphs_at_once([sample]))
-        return COPIES * weights + graphs + self.objective.room(sample, size)
+        most = max([config.batch] * bool(pair) + [found.lesson.batch for found in self.task.lessons])
+        graphs = graph * min(most, trainable.graphs_at_once(samples))
+        room = self.objective.room(pair, config.micro_batch or config.batch) if pair else 0
+        return COPIES * weights + graphs + room
 
     def _identity(self, config: TrainConfig) -> Mapping[str, Any]:
         task = self.task
-        digests = {"generator": task.handle.fingerprint, "base": digest_of_base(task.model), "pairs": len(task.pairs)}
+        digests = {"generator": task.handle.fingerprint, "base": digest_of_base(task.model)}
+        digests |= {"pairs": len(task.pairs)} if task.pairs is not None else {}
+        for found in task.lessons:
+            digests |= found.identity
         return {**task.identity, **digests, "precision": self.options.precision, **config.identity()}
 
     def _hywu(self) -> dict[str, Any]:
@@ -242,12 +295,22 @@ class Session:
         tenth = len(losses) // 10 or 1
         about = {
             "steps": self.trainer.done,
-            "pairs": len(self.task.pairs),
+            "pairs": len(self.task.pairs) if self.task.pairs is not None else 0,
             "precision": self.options.precision,
             "first_loss": _mean(losses[:tenth]),
             "last_loss": _mean(losses[-tenth:]),
         }
-        return {**self.task.handle.config.hywu, "training": asdict(config) | self.task.provenance | about}
+        hywu = {**self.task.handle.config.hywu, "training": asdict(config) | self.task.provenance | about}
+        step = {"kind": self.task.kind, "from": self.task.handle.fingerprint, "begun": self.begun, **self._learned()}
+        return continued(hywu, step, self.task.instructions, self.task.known)
+
+    def _learned(self) -> dict[str, Any]:
+        """What a step of the generator's life says of its data."""
+        identity = {**self.task.identity}
+        for found in self.task.lessons:
+            identity |= found.identity
+        digests = {name: value for name, value in identity.items() if isinstance(value, str) and len(value) <= 64}
+        return {"steps": self.trainer.done, **dict(list(digests.items())[:DIGESTS])}
 
     def _after_step(self, report: StepReport) -> bool:
         """Log, measure, keep and show; returns whether to finish."""
@@ -255,7 +318,7 @@ class Session:
         done, last = trainer.done, trainer.done == trainer.config.steps
         if self.log:
             self.log.step(report)
-        if last or done % RECENT == 0 or done == self._began[1] + 1:
+        if self.objective and (last or done % RECENT == 0 or done == self._began[1] + 1):
             self._at = report.loss, base_loss(trainer, report.step)
         if options.validate_every and (last or done % options.validate_every == 0):
             self._validate(report.step)
@@ -265,7 +328,8 @@ class Session:
             recent = self.log.losses[-RECENT:]
             seconds = (time.monotonic() - self._began[0]) / (done - self._began[1])
             mean = sum(recent) / len(recent)
-            self.front.show(Progress(done, trainer.config.steps, mean, seconds, self._at, self._held_out))
+            distances = dict(zip(trainer.lessons.names, report.distances, strict=True))
+            self.front.show(Progress(done, trainer.config.steps, mean, seconds, self._at, self._held_out, distances))
         self.front.check()
         if not last and anywhere(trainer.communication, self.front.asked_to_stop()):
             raise StoppedError(f"Stopped after step {done}. The same command goes on.")
@@ -273,7 +337,7 @@ class Session:
 
     def _validate(self, step: int) -> None:
         trainer, held_out, limit = self.trainer, self.task.held_out, self.options.held_out_limit
-        if held_out:
+        if held_out and self.objective:
             seed = trainer.config.seed
             # the base stays, and so does its loss
             base = (
@@ -284,8 +348,9 @@ class Session:
             self._held_out = validation_loss(trainer, held_out, limit, seed), base
             if self.log:
                 self.log.validation(step, *self._held_out)
-        with self.averaged():
-            self.front.preview(self)
+        if self.objective:
+            with self.averaged():
+                self.front.preview(self)
 
     def _asked_to_finish(self) -> bool:
         asked = (self.folder / FINISH).exists()
