@@ -54,7 +54,6 @@ class Condition(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """How many instances this describes."""
         return max((part.tokens.shape[0] for part in self.parts), default=0)
 
 

@@ -66,7 +66,6 @@ class GeneratorConfig:
 
     @property
     def heads(self) -> int:
-        """Attention heads of the generator."""
         return self.d_model // self.head_dim
 
     @property

@@ -97,12 +97,10 @@ class InstanceLora(_Fields):
 
     @property
     def batch(self) -> int:
-        """How many instances this holds."""
         return self.pairs[0].down.shape[0] if self.pairs else len(self.parts[:1])
 
     @property
     def rank(self) -> int:
-        """The largest rank among the factor pairs."""
         return max((pair.rank for pair in self.pairs), default=0)
 
     @property

@@ -58,7 +58,6 @@ def block_parameters(config: GeneratorConfig) -> int:
 
 
 def parameters(config: GeneratorConfig) -> int:
-    """Elements of all weights."""
     d, part = config.d_model, config.d_model // config.dim_accumulation
     encoder = config.encoder_layers * (12 * d * d + 11 * d)
     embeddings = (sum(token_counts(config)) * config.rank + config.num_base_model_layers) * part

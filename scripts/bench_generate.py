@@ -42,7 +42,6 @@ def resident() -> int:
 
 
 def measure(variant: str) -> dict[str, float]:
-    """Run one variant in this process."""
     import torch
 
     generator, condition = build()

@@ -151,7 +151,6 @@ def apart(variant: str, kind: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """The table, or one variant of it."""
     if sys.argv[1:] == ["stages"]:
         peaks = {variant: apart(variant, "memory")["bytes"] for variant in BATCHES}
         for variant, found in peaks.items():

@@ -35,7 +35,6 @@ SHOWN = {  # held-out tile -> edit
 
 
 def main() -> int:
-    """Edit, lay out, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo" / "contact_sheet.png")
     parser.add_argument("--images", type=Path, help="a folder of your own pictures instead of the shipped test set")

@@ -22,7 +22,6 @@ STOPPED = 130  # the exit code of a run that was asked to stop
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", nargs="?", help="the official folder")
     parser.add_argument("target", nargs="?", help="the folder to write: empty, not there, or of the same conversion")

@@ -50,7 +50,6 @@ def show(names: dict[str, str]):
 
 
 def main() -> int:
-    """Start, queue, follow, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", type=Path, default=ROOT / ".host" / "ComfyUI", help="ComfyUI's folder")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that runs it")

@@ -105,7 +105,6 @@ def show(regime: str, found: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Measure, show, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, help="a folder of your own pictures instead of the shipped test set")
     parser.add_argument("--seed", type=int, default=0, help="of the choice and the composition of pictures")

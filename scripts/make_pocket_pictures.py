@@ -69,7 +69,6 @@ def photo_tiles(folder: Path, split: str) -> list[tuple[str, Image.Image]]:
 
 
 def main() -> None:
-    """Choose, lay out, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--emoji", type=Path, required=True, help="the unpacked npm package")
     parser.add_argument("--photos", type=Path, required=True, help="skimage/data of the unpacked wheel")

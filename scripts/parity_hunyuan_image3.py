@@ -32,7 +32,6 @@ from in_host import enter_host
 
 
 def arguments_of(given: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     dump = commands.add_parser("dump", help="run one edit and write what it computes")
@@ -107,7 +106,6 @@ def one_each(found: dict, dimensions: int) -> tuple:
 
 
 def run_dump(arguments: argparse.Namespace) -> int:
-    """dump."""
     import torch
 
     enter_host(cpu=arguments.cpu or not torch.accelerator.is_available())

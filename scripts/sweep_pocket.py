@@ -137,7 +137,6 @@ def _keep(name: str, setting: dict) -> None:
 
 
 def main() -> None:
-    """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--grid-steps", type=int, default=300, help="of the runs that choose a learning rate")

@@ -171,7 +171,6 @@ def show(name: str, steps: int):
 
 
 def main() -> None:
-    """All stages, in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("base", "adapters"), help="one stage of them")
     parser.add_argument("--seed", type=int, default=0)

@@ -23,8 +23,6 @@ PICTURE_TARGETS = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0":
 
 
 class Run(NamedTuple):
-    """One training run of the comparison."""
-
     regime: Regime
     suite: str
     method: str
@@ -35,7 +33,6 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A file name."""
         return f"{self.regime}-{self.suite}-{self.method}-{self.rate:g}-{self.steps}-s{self.seed}"
 
     def config(self) -> TrainConfig:

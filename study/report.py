@@ -45,7 +45,6 @@ class Gate(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether it does."""
         return self.value >= self.bound if self.above else self.value <= self.bound
 
 

@@ -70,7 +70,6 @@ class EditingTask:
         return self.pair(Case(picture, edit, wording))
 
     def pair(self, case: Case) -> Sample:
-        """The training pair of a case."""
         return Sample(
             latent=to_latent(self.target(case))[0],
             conditioning=self.conditioning([case])[0],

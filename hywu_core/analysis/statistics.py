@@ -19,7 +19,6 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:

@@ -34,8 +34,6 @@ class StackError(HywuError):
 
 
 class Layer(NamedTuple):
-    """A module that can carry a LoRA."""
-
     module: nn.Module
     in_features: int
     out_features: int
@@ -54,7 +52,6 @@ class Stack(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Weights of all its linear layers."""
         return self.blocks * sum(columns * rows for columns, rows in self.linears.values())
 
 

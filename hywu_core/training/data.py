@@ -15,8 +15,6 @@ from ..errors import ConfigError
 
 
 class Sample(NamedTuple):
-    """One training pair."""
-
     latent: Tensor  # of the edited picture, as the host's VAE gives it: (C, ..., H, W)
     conditioning: Any  # one entry of the host's CONDITIONING: what the base sees, with its reference latents
     condition: Tensor  # what the generator reads: (L, input_dim)

@@ -38,7 +38,6 @@ class RunLog:
         self._board = _board(Path(folder) / BOARD, done)
 
     def step(self, report: StepReport) -> None:
-        """Add a step."""
         self.losses.append(report.loss)
         *numbers, distances = report
         row = (*numbers, *distances)

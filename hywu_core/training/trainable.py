@@ -43,11 +43,9 @@ class GeneratorTrainable:
         self.generator, self.dtype, self.room = generator, dtype, room
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The generator's parameters under their released names."""
         return dict(self.generator.named_parameters())
 
     def lora(self, samples: Sequence[Sample]) -> InstanceLora:
-        """One instance for each sample."""
         parameter = next(self.generator.parameters())
         conditions = [sample.condition.to(parameter) for sample in samples]
         with torch.amp.autocast(parameter.device.type, self.dtype, enabled=self.dtype != parameter.dtype):
@@ -92,7 +90,6 @@ class SharedLora(nn.Module):
         """None: the factors are the parameters."""
 
     def lora(self, samples: Sequence[Sample] = ()) -> InstanceLora:
-        """One instance for all samples."""
         pairs = zip(self.downs, self.ups, strict=True)
         factors = [LoraFactor(down.unsqueeze(0), up.unsqueeze(0)) for down, up in pairs]
         return InstanceLora(dict(zip(self.names, factors, strict=True)), self.scale)
@@ -105,7 +102,6 @@ class FullFineTuning:
         self.parameters = parameters
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The base's parameters."""
         return self.parameters
 
     def lora(self, samples: Sequence[Sample]) -> None:

@@ -42,8 +42,6 @@ class Communication(Protocol):
 
 
 class Alone:
-    """One process."""
-
     rank, processes = 0, 1
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -58,8 +56,6 @@ def anywhere(communication: Communication, happened: bool) -> bool:
 
 
 class StepReport(NamedTuple):
-    """What one step did."""
-
     step: int  # the first is 0
     loss: float  # mean over all samples of the step; without a diffusion loss the lessons' own, weighted
     rate: float

@@ -33,7 +33,6 @@ class HostModel(comfy.model_base.BaseModel):
 
     @property
     def config(self) -> BaseConfig:
-        """Sizes."""
         return self.diffusion_model.config
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
@@ -89,7 +88,6 @@ class HostConfig(comfy.supported_models_base.BASE):
     def get_model(
         self, state_dict: dict[str, Tensor], prefix: str = "", device: torch.device | None = None
     ) -> HostModel:
-        """The model without weights."""
         return HostModel(self, device=device)
 
 

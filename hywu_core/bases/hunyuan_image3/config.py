@@ -151,7 +151,6 @@ class BaseConfig:
 
     @property
     def qkv_features(self) -> int:
-        """Rows of the fused projection."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.attention_head_dim
 
     @property

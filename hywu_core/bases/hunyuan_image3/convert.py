@@ -45,8 +45,6 @@ Say = Callable[[str], None]
 
 
 class _Job(NamedTuple):
-    """A conversion."""
-
     files: BaseFiles
     target: Path
     kind: str

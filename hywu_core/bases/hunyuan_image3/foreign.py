@@ -87,7 +87,6 @@ def borrow_decoder(theirs: nn.Module, config: BaseConfig) -> HunyuanImage3 | Non
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether it owns weights."""
     return next(module.parameters(recurse=False), None) is not None
 
 

@@ -10,7 +10,6 @@ FOLDER = "hunyuan_image3"
 
 
 def register() -> None:
-    """Announce models/hunyuan_image3."""
     folders.announce(FOLDER)
 
 

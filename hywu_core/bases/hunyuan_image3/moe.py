@@ -92,8 +92,6 @@ class Router(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared expert plus routed experts."""
-
     def __init__(
         self,
         hidden: int,

@@ -32,8 +32,6 @@ LORA_KEYS = (".lora_A", ".lora_B")
 
 
 class Case(NamedTuple):
-    """One edit to dump."""
-
     pictures: tuple[Tensor, ...]  # (1, H, W, 3) in [0, 1]
     prompt: str
     system_prompt: str | None = None  # None: the base folder's own
@@ -55,8 +53,6 @@ class Overrides(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A base and its generator."""
-
     model: comfy.model_patcher.ModelPatcher
     vae: LatentVAE
     encoder: Encoder

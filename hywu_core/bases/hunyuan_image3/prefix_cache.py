@@ -76,7 +76,6 @@ class PrefixCache:
         self._entries = [*self._entries, (key, layers)][-MOST:]
 
     def clear(self) -> None:
-        """Release the memory."""
         self._entries = []
 
 

@@ -30,14 +30,11 @@ _QUANTISED = re.compile(
 
 
 class Stored(NamedTuple):
-    """A tensor in a file."""
-
     shape: tuple[int, ...]
     dtype: str | None  # as safetensors names it; None: any floating-point type
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return torch.Size(self.shape).numel() * STORED_AS[self.dtype].itemsize
 
 

@@ -21,14 +21,11 @@ _TAGGED = re.compile(r"<(?P<tag>think|recaption)>(?P<inner>.*?)</(?P=tag)>", re.
 
 
 class Span(NamedTuple):
-    """Tokens start to stop."""
-
     start: int
     stop: int
 
     @property
     def length(self) -> int:
-        """Tokens."""
         return self.stop - self.start
 
 
@@ -121,7 +118,6 @@ class _Builder:
         return Span(start, len(self.ids))
 
     def picture(self, picture: SourcePicture) -> None:
-        """A source picture."""
         special = self._tokenizer.special
         timestep = self.token(special.boi, special.size, special.ratios[picture.ratio], special.timestep)
         latent = self.run(special.image, picture.latent[0] * picture.latent[1])
@@ -142,13 +138,10 @@ class _Builder:
         self.image = ImageRun(timestep, guidance, timestep_r, image, grid)
 
     def built(self) -> Sequence:
-        """What was appended."""
         return Sequence(tuple(self.ids), Layout(len(self.ids), tuple(self.pictures), self.image))
 
 
 class SequenceBuilder(NamedTuple):
-    """Builds the sequences of a model."""
-
     tokenizer: Tokenizer
     slots: int  # of the vision tower for each picture
     distilled: bool = False

@@ -18,8 +18,6 @@ NEAR_ENOUGH = 0.01  # difference of two ratios
 
 
 class Size(NamedTuple):
-    """Pixels."""
-
     height: int
     width: int
 

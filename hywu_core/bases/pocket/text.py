@@ -48,7 +48,6 @@ class TextConfig:
 
     @property
     def tokens(self) -> int:
-        """Size of the token table."""
         return FIRST_WORD + len(self.words)
 
 
@@ -72,7 +71,6 @@ class Vocabulary:
         return {"input_ids": [*ids, END]}
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token by its name."""
         special = {"<pad>": PAD, "<start>": START, "<end>": END}
         return special | {f"<0x{byte:02X}>": FIRST_BYTE + byte for byte in range(256)} | self.words
 

@@ -47,8 +47,6 @@ class Factor(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
 
 class Adapter(torch.nn.Module):
-    """The factor pair of one target."""
-
     def __init__(self, match: Match, scale: float, factor: Callable[[Tensor], Any] = Factor):
         super().__init__()
         self.down, self.up = factor(match.pair.down), factor(match.pair.up)

@@ -37,7 +37,6 @@ class Match(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The weight's key in the base."""
         return f"{ROOT}.{self.module}.weight"
 
 
@@ -57,7 +56,6 @@ class Matches(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Targets of the LoRA."""
         return self.found + len(self.missing)
 
     @property

@@ -38,7 +38,6 @@ DIFFUSERS_NAMES = {"QwenImage"}
 
 
 def names() -> list[str]:
-    """The LoRA files that can be chosen."""
     return folder_paths.get_filename_list(FOLDER)
 
 

@@ -44,7 +44,6 @@ class Evaluation(NamedTuple):
 
     @property
     def others(self) -> list[str]:
-        """What the matched LoRA is compared to."""
         return [control for control in self.losses if control != MATCHED]
 
 

@@ -34,8 +34,6 @@ ENCODED_AGAIN = 50  # pairs
 
 
 class Base(NamedTuple):
-    """The frozen base of a run."""
-
     model: Any
     encoders: Callable[[], Encoders]
     files: list[Path]
@@ -43,8 +41,6 @@ class Base(NamedTuple):
 
 
 class Pairs(Protocol):
-    """What a run trains on."""
-
     identity: dict[str, Any]  # see `Task`
     origin: str  # for the generator's file
     instructions: tuple[str, ...]  # of all pairs, each once

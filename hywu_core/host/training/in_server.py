@@ -42,8 +42,6 @@ SHOW_AGAIN = 1.0  # seconds
 
 
 class Result(NamedTuple):
-    """What a run gives."""
-
     handle: GeneratorHandle
     losses: dict[str, list[float]]  # the host's LOSS_MAP
     steps: int

@@ -84,7 +84,6 @@ class DiffusionObjective:
 
     @property
     def base(self) -> Any:
-        """The host's BaseModel."""
         return self.patcher.model
 
     @property

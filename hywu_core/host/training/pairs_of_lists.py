@@ -67,7 +67,6 @@ class HostPairs(Sequence):
         return self[index]
 
     def chosen(self, indices: Sequence[int]) -> HostPairs:
-        """Some of the pairs."""
         return HostPairs([self.kept[i] for i in indices], self.config)
 
     def split(self, held_out: int) -> tuple[HostPairs, HostPairs]:

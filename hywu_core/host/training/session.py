@@ -74,8 +74,6 @@ class Task(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a session is."""
-
     done: int
     steps: int
     loss: float  # mean over the last steps
