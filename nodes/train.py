@@ -3,7 +3,7 @@
 Nodes that take whole lists of pairs get every input as a list; `_first` takes the single values out.
 """
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..hywu_core.condition import SOURCES
 from ..hywu_core.host import memory, model, new_generator
@@ -130,9 +130,8 @@ class HYWUNewGenerator(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, condition, **settings):
-        return io.NodeOutput(
-            memory.new_for(model[0], condition[0], **{name: _first(values) for name, values in settings.items()})
-        )
+        made = memory.new_for(model[0], condition[0], **{name: _first(values) for name, values in settings.items()})
+        return io.NodeOutput(made, ui=ui.PreviewText(memory.describe_new(made)))
 
 
 class HYWUTrainGenerator(io.ComfyNode):

@@ -25,6 +25,7 @@ from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
 from ..lora import InstanceLora
 from ..plan import plan, summary
+from ..training.memory import graph_bytes
 from . import engine
 from .conditions import from_host
 from .folders import FOLDER, SUFFIX
@@ -75,6 +76,15 @@ def describe(handle: GeneratorHandle) -> str:
     return (
         f"{summary(handle.config, handle.patcher.model_size())}, {needed.peak / 1e9:.1f} GB to generate from a condition of "
         f"{EXAMPLE_LENGTH:,} tokens"
+    )
+
+
+def describe_new(handle: GeneratorHandle) -> str:
+    """One line for an artist: how large a generator is, what it writes, and what a pair takes while it is trained."""
+    graph = graph_bytes(handle.config, EXAMPLE_LENGTH, torch.float32, recomputed=True)
+    return (
+        f"{summary(handle.config, handle.patcher.model_size())}, {graph / 1e9:.1f} GB for each pair that it is trained on at "
+        f"a time, with gradient_checkpointing and a condition of {EXAMPLE_LENGTH:,} tokens"
     )
 
 

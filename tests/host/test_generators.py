@@ -24,7 +24,15 @@ from comfy.quant_ops import QuantizedTensor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hywu_core import CheckpointError, ConditionError, GenerationError, Generator, load_generator, save_generator
+from hywu_core import (
+    CheckpointError,
+    ConditionError,
+    GenerationError,
+    Generator,
+    GeneratorConfig,
+    load_generator,
+    save_generator,
+)
 from hywu_core.chunked import Engine, generate_layers
 from hywu_core.condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
 from hywu_core.config import GeneratorConfig
@@ -486,3 +494,28 @@ def test_damaged_checkpoints_are_named_before_anything_is_loaded(gen_2, tmp_path
     refused("pytorch_model.bin would be pickles, which are refused")
     (path / "config.json").unlink()
     refused("has no config.json")
+
+
+def test_a_new_generator_says_how_large_it_is_and_what_training_takes():
+    config = GeneratorConfig(
+        d_model=128,
+        head_dim=32,
+        num_pg_layers=2,
+        input_dim=64,
+        output_dim=64,
+        num_base_model_layers=4,
+        rank=16,
+        alpha=32.0,
+        token_dim=64,
+        dim_accumulation=2,
+        pg_mapping={
+            "attn.qkv": {"lora_A_dim": 1024, "lora_B_dim": 3072},
+            "mlp": {"lora_A_dim": 1024, "lora_B_dim": 4096},
+        },
+    )
+    handle = memory.new(config, seed=0)
+    weights = sum(parameter.numel() for parameter in handle.generator.parameters())
+    written = handle.generator.generate(torch.zeros(1, 3, 64)).elements
+    said = memory.describe_new(handle)
+    assert said.startswith(f"{weights / 1e6:.1f} M parameters ({4 * weights / 1e9:.2f} GB), 1,152 x 4 positions")
+    assert f"LoRA {written / 1e6:.1f} M, " in said and " GB for each pair" in said

@@ -24,6 +24,7 @@ from ...errors import HywuError
 from ...files.checkpoint import save_generator
 from ...lineage import continued
 from ...lora import InstanceLora
+from ...plan import summary
 from ...training import (
     GeneratorTrainable,
     RunLog,
@@ -163,6 +164,8 @@ class Session:
         trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
         pairs = self.task.pairs if self.objective else None
         self._room = self._needed(trainable, config, pairs.sample(0, torch.Generator()) if pairs else None)
+        size = summary(self.generator.config, self.patcher.model_size())
+        self.front.say(f"{size}, about {self._room / 1e9:.1f} GB of memory beside the base while it is trained.")
         self.load()
         lessons = WeightSpace([found.lesson for found in self.task.lessons], config.seed)
         self.trainer = Trainer(trainable, self.objective, pairs, config, communication, self.front.check, lessons)
