@@ -35,7 +35,6 @@ from hywu_core import (
 )
 from hywu_core.chunked import Engine, generate_layers
 from hywu_core.condition import CLIP_VISION, CONDITIONING, Condition, ConditionPart
-from hywu_core.config import GeneratorConfig
 from hywu_core.files.lora_files import load_lora, to_state_dict
 from hywu_core.host import conditions, engine, folders, memory
 from hywu_core.host.lora import apply, store
