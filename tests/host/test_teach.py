@@ -382,3 +382,40 @@ def test_a_generator_for_other_weights_does_not_teach(studio):
     reads = memory.new(dataclasses.replace(given.config, hywu={"condition": part}), 0)
     with pytest.raises(MatchError, match="same condition_source"):
         lessons.check_teacher(reads, given.config)
+
+
+# the same beside ordinary training
+
+
+def trained(studio, given, name="trained", remember=None, **changes):
+    pictures = [studio.picture(pixels).latent for pixels in new_edit(3).before]
+    words = lessons.encode_text(studio.clip, NEW)
+    positive = [[[words[0], words[1] | {"reference_latents": [latent]}]] for latent in pictures]
+    return in_server.train_on_lists(
+        studio.model,
+        given,
+        [{"samples": latent * 0.5} for latent in pictures],
+        positive,
+        None,
+        settings(3, **changes),
+        SessionOptions(validate_every=0),
+        name,
+        instructions=(NEW,),
+        remember=remember,
+    )
+
+
+def test_training_remembers_where_memory_has_a_weight(studio, output):
+    found = trained(studio, handle(), remember=in_server.Remember(studio.clip), memory=1.0, memory_schedule="falling")
+    assert found.handle.config.hywu["instructions"] == [*OLD, NEW]
+    with open(output / "output" / "hywu" / "trained" / "log.csv", newline="", encoding="utf-8") as file:
+        assert [float(row["memory"]) >= 0 for row in csv.DictReader(file)] == [True] * 3
+    plain = trained(studio, handle(), "plain", memory=0.0)
+    assert plain.handle.config.hywu["instructions"] == [*OLD, NEW] and not same(found.handle, plain.handle)
+
+
+def test_training_drops_nothing_that_memory_needs_in_silence(studio):
+    with pytest.raises(lessons.LessonError, match="Wire clip"):
+        trained(studio, handle(), memory=1.0)
+    with pytest.raises(lessons.LessonError, match="no effect with a memory of 0"):
+        trained(studio, handle(), remember=in_server.Remember(studio.clip), memory=0.0)
