@@ -23,7 +23,7 @@ from ..errors import CheckpointError, SaveError
 from ..generator import Generator
 from .atomic import atomic_write
 from .names import check_path
-from .quantised import MARK, SCALE, kind_of, plain, quantised, quantised_layers
+from .quantised import MARK, SCALE, check_mark, kind_of, plain, quantised, quantised_layers
 from .safetensors import open_safetensors, write_safetensors
 from .shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, Header, folder_shards, indexed, main_dtype, read_headers, some
 from .text import read_text
@@ -72,6 +72,7 @@ def inspect_generator(path: str | Path) -> GeneratorFiles:
         raise CheckpointError(f"{path} does not exist. Expected a generator's folder or .safetensors file.")
     found = read_headers(shards)
     layers = _check_tensors(path, config, found)
+    _check_marks(layers, found)
     by_shard = {shard: tuple(name for name, header in found.items() if header.shard == shard) for shard in shards}
     rest = {name: header for name, header in found.items() if name.removesuffix(".weight") not in layers}
     kind = next(iter(layers.values()), None)
@@ -165,6 +166,15 @@ def _folder_config(folder: Path) -> tuple[GeneratorConfig, list[Path]]:
     if not os.path.isfile(file):
         raise CheckpointError(f"{folder} has no {CONFIG_FILE}. Put the one that belongs to its weights there.")
     return GeneratorConfig.from_json(read_text(file, CheckpointError), str(file)), shards
+
+
+def _check_marks(layers: Mapping[str, str], found: Mapping[str, Header]) -> None:
+    """What a file says of its quantised layers is text that whoever loads it parses."""
+    for shard in {found[layer + MARK].shard for layer in layers}:
+        with open_safetensors(shard, CheckpointError) as handle:
+            for layer, kind in layers.items():
+                if found[layer + MARK].shard == shard:
+                    check_mark(handle.get_tensor(layer + MARK), kind, f"{shard}, {layer + MARK}")
 
 
 def _hash_of(file: Path) -> str:

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from .shards import DTYPES, Header
+from .text import parse_json
 
 INT8, FP8 = "int8_tensorwise", "float8_e4m3fn"
 STORED = {INT8: torch.int8, FP8: torch.float8_e4m3fn}
@@ -23,6 +25,7 @@ HEADERS = {INT8: "I8", FP8: "F8_E4M3"}  # as safetensors names them
 # activations are not rounded: float8 without a scale of their own would cut them
 MARKS = {INT8: {"format": INT8}, FP8: {"format": FP8, "full_precision_matrix_mult": True}}
 SCALE, MARK = ".weight_scale", ".comfy_quant"
+LONGEST_MARK = 4096  # bytes; other tools write a few words more than we do
 SMALLEST = 1e-12  # a scale, so that a row of zeros divides
 KEPT_AS = torch.bfloat16  # what is not quantised, unless it is smaller already
 
@@ -73,6 +76,24 @@ def kind_of(tensors: Mapping[str, Tensor]) -> str | None:
     marks = (tensor for name, tensor in tensors.items() if name.endswith(MARK))
     mark = next(marks, None)
     return None if mark is None else json.loads(mark.cpu().numpy().tobytes())["format"]
+
+
+def check_mark(mark: Tensor, kind: str, where: str) -> None:
+    """Raises:
+    CheckpointError: if a mark does not say, in the host's words, what the type of its layer's numbers says.
+    """
+    damaged = (
+        f"{where} does not say how this layer is quantised (expected {json.dumps(MARKS[kind])}). Download it again."
+    )
+    if mark.dtype != torch.uint8 or mark.numel() > LONGEST_MARK:
+        raise CheckpointError(damaged)
+    try:
+        text = mark.numpy().tobytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(damaged) from None
+    said = parse_json(text, where, CheckpointError, "Download it again.")
+    if said.get("format") != kind or not isinstance(said.get("full_precision_matrix_mult", False), bool):
+        raise CheckpointError(damaged)
 
 
 def quantised_layers(found: Mapping[str, Header]) -> tuple[dict[str, str], list[str]]:

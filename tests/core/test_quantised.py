@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hywu_core import CheckpointError, Generator, GeneratorConfig, SaveError, load_generator, save_generator
@@ -147,3 +148,26 @@ def test_a_conversion_touches_nothing_else(generator, tmp_path):
     with pytest.raises(SaveError, match="is a file"):
         convert_generator(source, source, INT8)
     assert load_generator(target).config == generator.config
+
+
+@pytest.mark.parametrize(
+    ("mark", "match"),
+    [
+        (b'{"format": "int8_tensorwise"', "not valid JSON"),
+        (b"\xff\xfe", "does not say how"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"format": "float8_e4m3fn"}', "does not say how"),
+        (b'{"format": ["int8_tensorwise"]}', "does not say how"),
+        (b'{"format": "int8_tensorwise", "full_precision_matrix_mult": "no"}', "does not say how"),
+        (b"[" * 3000, "nested too deep"),
+        (b" " * 5000, "does not say how"),
+    ],
+)
+def test_what_a_layer_says_of_itself_is_checked_before_the_host_reads_it(generator, tmp_path, mark, match):
+    path = save_generator(generator, tmp_path / "small.safetensors", INT8)
+    with safe_open(str(path), "pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    name = next(name for name in state if name.endswith(".comfy_quant"))
+    save_file(state | {name: torch.tensor(list(mark), dtype=torch.uint8)}, path, metadata)
+    with pytest.raises(CheckpointError, match=match):
+        inspect_generator(path)
