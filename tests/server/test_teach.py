@@ -86,15 +86,15 @@ def said(run, node: str) -> str:
 
 
 def test_taught_cancelled_resumed_saved_loaded_and_used(server, studio):
-    whole = server.run(graph("HYWUTeachGenerator", run_name="whole"))
+    whole = server.run(graph("HYWUTeachGenerator", run_name="taught whole"))
     assert whole.outcome == "execution_success", whole.messages[-1]
     report = said(whole, "teach")
     assert report.startswith("new edit") and all(text in report for text in OLD.split("\n"))
-    assert all("memory" in row for row in losses(server, "whole"))
-    server.run(graph("HYWUTeachGenerator", run_name="paused"), pressing_cancel_at(server, 2))
-    again = server.run(graph("HYWUTeachGenerator", run_name="paused"))
+    assert all("memory" in row for row in losses(server, "taught whole"))
+    server.run(graph("HYWUTeachGenerator", run_name="taught paused"), pressing_cancel_at(server, 2))
+    again = server.run(graph("HYWUTeachGenerator", run_name="taught paused"))
     assert again.outcome == "execution_success", again.messages[-1]
-    assert losses(server, "paused") == losses(server, "whole")
+    assert losses(server, "taught paused") == losses(server, "taught whole")
     states = [tensors(said(run, "save")) for run in (whole, again)]
     assert all(np.array_equal(values, states[1][name]) for name, values in states[0].items())
     path = Path(said(again, "save"))
@@ -118,14 +118,14 @@ def test_learned_from_a_lora_that_was_saved_here(server, studio):
         "class_type": "HYWUSaveLoRA",
         "inputs": {
             "lora": [studio.node("HYWUGenerateLoRA"), 0],
-            "filename_prefix": "loras/kept",
+            "filename_prefix": "loras/to learn/kept",
             "format": "stock",
             "dtype": "as generated",
         },
     }
     kept = server.run(prompt)
     assert kept.outcome == "execution_success", kept.messages[-1]
-    run = server.run(graph("HYWULearnFromLoRAs", run_name="learned", folder="."))
+    run = server.run(graph("HYWULearnFromLoRAs", run_name="learned", folder="to learn"))
     assert run.outcome == "execution_success", run.error
     assert "brighten the picture" in said(run, "teach")
 
