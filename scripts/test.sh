@@ -25,4 +25,4 @@ if [ ! -d "$ROOT/.host/frontend/$FRONTEND" ]; then
 fi
 
 cd "$ROOT"
-exec "$(host_python)" -m pytest tests/core tests/host tests/server tests/web "$@"
+exec "$(host_python)" -m pytest tests/core tests/host tests/machines tests/server tests/web "$@"
