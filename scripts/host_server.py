@@ -53,7 +53,7 @@ class Run:
     def files(self, node: str) -> list[str]:
         """Pictures that an output node saved, relative to the output folder."""
         shown = [data["output"] for kind, data in self.messages if kind == "executed" and data["node"] == node]
-        return [os.path.join(image["subfolder"], image["filename"]) for out in shown for image in out["images"]]
+        return [os.path.join(image["subfolder"], image["filename"]) for out in shown for image in out.get("images", ())]
 
 
 class HostServer:

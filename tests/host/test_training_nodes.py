@@ -283,7 +283,8 @@ def test_the_node_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(in_server.streaming, "on_node", lambda node: said.append)
     latents, positive = pairs(family)
     run(family, new(family, positive), latents, positive, steps=4, options={"held_out": 2, "validate_every": 2})
-    assert said[0].startswith("step 1/4: loss ") and " s a step, " in said[0] and said[0].endswith(" left")
+    assert " M parameters" in said[0] and said[0].endswith(" GB of memory beside the base while it is trained.")
+    assert said[1].startswith("step 1/4: loss ") and " s a step, " in said[1] and said[1].endswith(" left")
     assert "held out" in said[-1] and said[-1].count("without a LoRA") == 2
 
 
