@@ -35,7 +35,6 @@ class HYWULoadGenerator(io.ComfyNode):
                 ),
             ],
             outputs=[Generator.Output("generator", tooltip="Wire it into Generate Instance LoRA.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -46,9 +45,7 @@ class HYWULoadGenerator(io.ComfyNode):
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
         handle = memory.load(path, memory.WEIGHT_DTYPES[weight_dtype])
-        show = streaming.on_node(cls.hidden.unique_id)
-        if show:
-            show(memory.describe(handle))
+        streaming.say(memory.describe(handle))
         return io.NodeOutput(handle)
 
 

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..hywu_core.host import streaming
 from ..hywu_core.host.lora import apply, store
 from .types import Lora
 
@@ -63,7 +64,9 @@ class HYWUApplyLoRA(io.ComfyNode):
     def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
         lora = store.as_instance_lora(lora)
         patched, matches = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
-        return io.NodeOutput(patched, ui=ui.PreviewText(f"{matches} ({matches.how or mode})"))
+        text = f"{matches} ({matches.how or mode})"
+        streaming.say(text)
+        return io.NodeOutput(patched, ui=ui.PreviewText(text))
 
 
 class HYWUSaveLoRA(io.ComfyNode):
@@ -105,6 +108,7 @@ class HYWUSaveLoRA(io.ComfyNode):
     def execute(cls, lora, filename_prefix, format, dtype):
         path = store.save_to_output(lora, filename_prefix, format, store.SAVE_DTYPES[dtype])
         text = "\n".join(filter(None, (str(path), store.remarks(lora, format))))
+        streaming.say(text)
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
 

@@ -6,7 +6,7 @@ Nodes that take whole lists of pairs get every input as a list; `_first` takes t
 from comfy_api.latest import io, ui
 
 from ..hywu_core.condition import SOURCES
-from ..hywu_core.host import memory, model, new_generator
+from ..hywu_core.host import memory, model, new_generator, streaming
 from ..hywu_core.host.training import evaluate, in_server, teach
 from ..hywu_core.training import SessionOptions, TrainConfig
 from ..hywu_core.training.options import ALL_STACKS, CONSTANT, FALLING, PRECISIONS, REFUSE, RESTART, RESUME
@@ -131,7 +131,9 @@ class HYWUNewGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, model, condition, **settings):
         made = memory.new_for(model[0], condition[0], **{name: _first(values) for name, values in settings.items()})
-        return io.NodeOutput(made, ui=ui.PreviewText(memory.describe_new(made)))
+        text = memory.describe_new(made)
+        streaming.say(text)
+        return io.NodeOutput(made, ui=ui.PreviewText(text))
 
 
 class HYWUTrainGenerator(io.ComfyNode):

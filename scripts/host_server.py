@@ -20,6 +20,7 @@ START_SECONDS = 180  # a cold start on a slow disk
 RUN_SECONDS = 300
 FRONTEND_ONLY = {"Note", "MarkdownNote"}  # nodes that the server never sees
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+TEXT_MESSAGE = 3  # of the host's binary events
 LAST_MESSAGES = {"execution_success", "execution_error", "execution_interrupted"}
 
 
@@ -29,6 +30,7 @@ class Run:
 
     prompt_id: str
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)  # below nodes: (node, text)
 
     @property
     def outcome(self) -> str:
@@ -130,7 +132,8 @@ class HostServer:
                     run = Run(reply["prompt_id"])
                 async for message in socket_:
                     if message.type != aiohttp.WSMsgType.TEXT:
-                        continue  # a preview picture
+                        run.texts += _text_of(message.data)
+                        continue
                     kind, data = (content := json.loads(message.data))["type"], content["data"]
                     if data.get("prompt_id") != run.prompt_id:
                         continue
@@ -169,6 +172,14 @@ def to_api_format(workflow: dict, object_info: dict) -> dict:
         }
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
     return prompt
+
+
+def _text_of(message: bytes) -> list[tuple[str, str]]:
+    """The text for a node in a binary message of the host's protocol; none in a preview picture."""
+    kind, length = (int.from_bytes(message[start : start + 4], "big") for start in (0, 4))
+    if kind != TEXT_MESSAGE:
+        return []
+    return [(message[8 : 8 + length].decode(), message[8 + length :].decode())]
 
 
 def _widget_inputs(schema: dict, values: list) -> dict[str, Any]:

@@ -30,6 +30,12 @@ def test_a_node_that_shows_text_shows_no_pictures(studio):
     assert apply in run.executed and run.files(apply) == []
 
 
+def test_nodes_say_what_they_found(studio):
+    """Below the node: the frontend draws texts of a node's result on its own preview nodes only."""
+    run = studio.run(studio.quickstart(HYWUApplyLoRA={"strength": 0.86}))
+    assert (studio.node("HYWUApplyLoRA"), "matched 16/16 targets (bypass)") in run.texts
+
+
 def test_the_lora_changes_the_picture_and_strength_zero_does_not(studio):
     with_lora = studio.picture(studio.quickstart())
     switched_off = studio.picture(studio.quickstart(HYWUApplyLoRA={"strength": 0.0}))
