@@ -47,7 +47,7 @@ def test_every_node_and_every_socket_explains_itself(object_info):
 
 def test_every_node_has_a_help_page(object_info, server):
     for name in object_info:
-        with urllib.request.urlopen(f"{server.url}/extensions/hywu/docs/{name}.md") as response:
+        with urllib.request.urlopen(f"{server.url}/extensions/hywu/docs/{name}/en.md") as response:
             assert response.read().startswith(b"# "), name
 
 
