@@ -113,8 +113,8 @@ class HYWUNewGenerator(io.ComfyNode):
                     default=model.LARGEST,
                     optional=True,
                     advanced=True,
-                    tooltip="Which list of blocks gets LoRAs, such as double_blocks; largest takes the one with most "
-                    "weights. Another word gives an error that lists those of the model.",
+                    tooltip="Which list of blocks gets LoRAs, such as double_blocks, or several, with commas between them. "
+                    "largest: the one with most weights. all stacks: every one. Any other word is an error that lists them.",
                 ),
                 io.String.Input(
                     "target_names",

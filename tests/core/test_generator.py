@@ -231,7 +231,7 @@ def released_run(released, blocks: int, rotation=COMPLEX):
     tables = Tables(config, torch.device("meta"), rotation)
     with torch.no_grad(), counting.Fused() as fused, counting.Kernels() as counted:
         context = generator.context(torch.empty(1, 7000, 4096, device="meta", dtype=torch.bfloat16), tables)
-        for _ in generate_layers(generator.model, context, tables, chunk_bytes=2**28):
+        for _ in generate_layers(generator.model, [context], tables, chunk_bytes=2**28):
             pass
     return fused.kernels + sum(counted.launched.values()), counted
 
@@ -370,7 +370,7 @@ def test_the_plan_knows_the_peak(batch, length, dtype):
     tables = Tables(generator.config, torch.device("cpu"))
     with torch.no_grad(), counting.Alive() as alive:
         context = generator.context(condition.clone(), tables)
-        for _ in generate_layers(generator.model, context, tables, planned.chunk):
+        for _ in generate_layers(generator.model, [context], tables, planned.chunk):
             pass
     assert alive.peak == pytest.approx(planned.peak, rel=0.1)
 

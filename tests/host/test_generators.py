@@ -180,7 +180,9 @@ def test_dynamic_weights_are_prefetched_by_the_block_and_let_go(gen_2, monkeypat
         with engine.engine(patcher, generator.config, torch.float32) as brought:
             brought = brought._replace(rotation=REAL)
             context = torch.empty(1, 5, generator.config.d_model, device=meta)
-            for number, _ in enumerate(generate_layers(generator_on_meta.model, context, tables, 5000, engine=brought)):
+            for number, _ in enumerate(
+                generate_layers(generator_on_meta.model, [context], tables, 5000, engine=brought)
+            ):
                 if cancelled:
                     raise InterruptedError(number)
 
