@@ -150,8 +150,8 @@ def choose_stacks(base: Any, names: str = LARGEST) -> tuple[Stack, ...]:
     Raises:
         StackError: see `choose_stack`.
     """
-    asked = [name for name in names.split(",") if name.strip()] or [LARGEST]
-    if EVERY in (name.strip() for name in asked):
+    asked = [name.strip() for name in names.split(",") if name.strip()] or [LARGEST]
+    if EVERY in asked:
         asked = [stack.path for stack in find_stacks(base)] or [LARGEST]
     chosen = {choose_stack(base, name).path for name in asked}
     return tuple(stack for stack in find_stacks(base) if stack.path in chosen)

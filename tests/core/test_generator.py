@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import contextmanager
 
 import counting
 import pytest
@@ -146,6 +147,46 @@ def test_a_batch_is_its_samples(generator):
         alone = generator.generate(condition[index : index + 1])
         for found, expected in zip(batch.select(index).pairs, alone.pairs, strict=True):
             torch.testing.assert_close(found.up, expected.up, atol=2e-5, rtol=0)
+
+
+def test_conditions_of_any_lengths_are_one_batch_in_their_order(case):
+    """Nothing is padded: what a sample gets does not depend on the others."""
+    generator, _ = case
+    width, source = generator.config.input_dim, torch.Generator().manual_seed(0)
+    lengths, held = (5, 9, 5, 3, 9), []
+    given = [torch.randn(1 + (length == 3), length, width, generator=source) for length in lengths]
+    given[1] = given[1].unsqueeze(1)
+
+    @contextmanager
+    def hold(block):
+        held.append(block)
+        yield block
+
+    batch = generator.generate(given, engine=Engine(hold=hold))
+    assert held == list(generator.model.blocks), "each block once, whatever the lengths"
+    samples = [one.reshape(-1, 1, one.shape[-2], width)[n] for one in given for n in range(one.shape[0])]
+    assert batch.batch == len(samples) == 6
+    for number, sample in enumerate(samples):
+        alone = generator.generate(sample)
+        for found, expected in zip(batch.select(number).pairs, alone.pairs, strict=True):
+            torch.testing.assert_close(found.up, expected.up, atol=2e-5, rtol=0)
+            torch.testing.assert_close(found.down, expected.down, atol=2e-5, rtol=0)
+
+
+def test_a_batch_of_conditions_is_checked_one_by_one(generator):
+    good, others = torch.zeros(1, 5, 64), torch.zeros(2, 7, 64)
+    for wrong, message in (
+        ([good, torch.zeros(1, 5, 63)], r"\(1, 5, 63\), but this generator reads"),
+        ([], "no condition"),
+    ):
+        with pytest.raises(ConditionError, match=message):
+            generator.generate(wrong)
+    engine = Engine(is_out_of_memory=lambda error: isinstance(error, NoRoomError))
+    with (
+        small_device(50),
+        pytest.raises(GenerationError, match=r"needs 0\.0 GB for these 3 conditions of up to 7 tokens"),
+    ):
+        generator.generate([good, others], engine=engine)
 
 
 def test_initialised_for_training_the_first_change_is_zero(fixtures_dir):
