@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..hywu_core.bases.hunyuan_image3 import model_folder
-from ..hywu_core.host import folders
+from ..hywu_core.host import folders, pack
 from . import compare, generate, hunyuan_image3, lora, pocket, teach, train
 
 TOPICS = (generate, lora, compare, train, teach, pocket, hunyuan_image3)
@@ -15,6 +15,7 @@ class HYWUExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ComfyExtension:
+    pack.warn_if_not_served()
     folders.register()
     model_folder.register()
     return HYWUExtension()

@@ -12,8 +12,20 @@ class HYWUApplyLoRA(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="HYWUApplyLoRA",
-            display_name="Apply Generated LoRA",
+            display_name="Apply Instance LoRA",
             category="HY-WU",
+            search_aliases=[
+                "apply generated lora",
+                "instance lora",
+                "lora loader",
+                "merge lora",
+                "bypass",
+                "edit",
+                "编辑",
+                "加载 lora",
+                "合并",
+                "权重",
+            ],
             description="Puts a LoRA on a model. The model that is wired in stays as it is, and several of these nodes can "
             "follow each other in any order. Strength and schedule can be changed without generating again.",
             inputs=[
@@ -76,6 +88,7 @@ class HYWUSaveLoRA(io.ComfyNode):
             node_id="HYWUSaveLoRA",
             display_name="Save Instance LoRA",
             category="HY-WU",
+            search_aliases=["export lora", "instance lora", "保存 lora", "导出", "权重"],
             is_output_node=True,
             description="Saves a generated LoRA as an ordinary LoRA file, into the output folder. In the stock format "
             "ComfyUI's own LoRA loader reads it. A batch is saved as one file for each picture.",
@@ -119,6 +132,7 @@ class HYWULoadLoRA(io.ComfyNode):
             node_id="HYWULoadLoRA",
             display_name="Load Instance LoRA",
             category="HY-WU",
+            search_aliases=["lora loader", "instance lora", "import lora", "加载 lora", "权重"],
             description="Loads a saved LoRA, generated here or made by another tool, with its metadata.",
             inputs=[
                 io.Combo.Input("lora", options=store.names(), tooltip="A LoRA file in models/loras or output/loras."),
@@ -129,7 +143,7 @@ class HYWULoadLoRA(io.ComfyNode):
                     "that LoRAs of several tools can be blended, compared and saved together.",
                 ),
             ],
-            outputs=[Lora.Output("lora", tooltip="For Apply Generated LoRA, Blend, Inspect and Compare.")],
+            outputs=[Lora.Output("lora", tooltip="For Apply Instance LoRA, Blend, Inspect and Compare.")],
         )
 
     @classmethod

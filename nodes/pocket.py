@@ -12,13 +12,22 @@ class HYWULoadPocketEditor(io.ComfyNode):
             node_id="HYWULoadPocketEditor",
             display_name="Load Pocket Editor",
             category="HY-WU",
-            search_aliases=["tiny model", "test model", "demo", "pixel space"],
+            search_aliases=[
+                "tiny model",
+                "test model",
+                "demo",
+                "pixel space",
+                "image editing",
+                "演示模型",
+                "编辑",
+                "袖珍",
+            ],
             description="Loads the tiny editing model that ships with this pack: a 2.5-million-parameter Flux in pixel "
             "space with its text encoder. It runs on a CPU in a second and needs no download, so that every HY-WU node can "
             "be tried at once. Give it small pictures, 64x64 is what it is made for.",
             outputs=[
                 io.Model.Output(
-                    "model", tooltip="The editing model, for Apply Generated LoRA or straight for KSampler."
+                    "model", tooltip="The editing model, for Apply Instance LoRA or straight for KSampler."
                 ),
                 io.Clip.Output("clip", tooltip="Its text encoder, for CLIP Text Encode."),
                 io.Vae.Output("vae", tooltip="Pixels to latents and back, for VAE Encode and VAE Decode."),

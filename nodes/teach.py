@@ -98,8 +98,18 @@ class HYWUTeachGenerator(io.ComfyNode):
             node_id="HYWUTeachGenerator",
             display_name="Teach HY-WU Generator",
             category="HY-WU/training",
+            search_aliases=[
+                "continual learning",
+                "add an edit",
+                "train further",
+                "fine-tune generator",
+                "hypernetwork",
+                "持续学习",
+                "微调",
+                "超网络",
+                "编辑",
+            ],
             is_input_list=True,
-            search_aliases=["continual learning", "add an edit", "train further", "fine-tune generator"],
             description="Teaches a generator one new edit from a few pairs of pictures, and keeps the edits that it knows: "
             "while it learns, its LoRAs for the old instructions are held where they were, in weight space, without any old "
             "picture. Says edit by edit what was kept. Can be cancelled and goes on when queued again.",
@@ -202,8 +212,8 @@ class HYWULearnFromLoRAs(io.ComfyNode):
             node_id="HYWULearnFromLoRAs",
             display_name="Learn from LoRAs",
             category="HY-WU/training",
+            search_aliases=["distill loras", "lora collection", "hypernetwork from loras", "蒸馏", "超网络", "权重"],
             is_input_list=True,
-            search_aliases=["distill loras", "lora collection", "hypernetwork from loras"],
             description="Trains a generator to write what a folder of LoRA files holds, each for its instruction: no "
             "pictures of edits and no pass through the base are needed. A new generator gets a warm start for Train HY-WU "
             "Generator so. Says file by file how near it came.",

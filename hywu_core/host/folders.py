@@ -15,19 +15,39 @@ from ..files.checkpoint import CONFIG_FILE
 FOLDER = "hywu"  # of generators
 SHIPPED = Path(__file__).resolve().parents[2] / "models"  # what comes with the pack
 SUFFIX = ".safetensors"
+README = "put_files_here.txt"  # the host calls its own so
+WHAT_GOES_HERE = """\
+Generators of HY-WU go into this folder:
+
+  my-edits.safetensors       one file, as the node Save HY-WU Generator writes it
+  HY-WU/                     or a folder with config.json and .safetensors files
+
+Tencent's generator: https://huggingface.co/tencent/HY-WU (about 16 GB). It writes LoRAs for one base only,
+HunyuanImage-3.0-Instruct, which has a folder of its own next to this one. Its licence grants nothing in the EU, the UK and
+South Korea.
+
+For other bases (Flux, Qwen-Image, Z-Image, Wan, ...) nobody has published a generator: train one, with the template "train".
+The tiny model of the template "quickstart" brings its own.
+
+After files were added, press R in ComfyUI.
+"""
 
 
 def register() -> None:
     """Announce the folder of generators, with the pack's own behind it."""
-    announce(FOLDER, SHIPPED)
+    announce(FOLDER, WHAT_GOES_HERE, SHIPPED)
 
 
-def announce(kind: str, *more: Path) -> None:
-    """Make models/<kind> known to the host, and more folders behind it. Paths of extra_model_paths.yaml stay."""
+def announce(kind: str, readme: str, *more: Path) -> None:
+    """Make models/<kind> known to the host, and more folders behind it. Paths of extra_model_paths.yaml stay.
+
+    The folder is made if it is not there, with a readme in it: an artist who looks for it finds it.
+    """
     known = list(folder_paths.folder_names_and_paths.get(kind, ([], set()))[0])
-    paths = [os.path.join(folder_paths.models_dir, kind), *map(str, more)]
-    known += [path for path in paths if path not in known]
+    own = os.path.join(folder_paths.models_dir, kind)
+    known += [path for path in (own, *map(str, more)) if path not in known]
     folder_paths.folder_names_and_paths[kind] = (known, {SUFFIX})
+    _make(Path(own), readme)
 
 
 def generator_names() -> list[str]:
@@ -85,6 +105,17 @@ def modified(path: Path) -> float:
         except OSError:  # a link to nothing, or a file that is being replaced
             continue
     return max(times, default=0.0)
+
+
+def _make(folder: Path, readme: str) -> None:
+    """Never fails: on a disk that cannot be written the nodes work all the same. A folder that is there is left as it is."""
+    try:
+        folder.mkdir(parents=True)
+        (folder / README).write_text(readme, encoding="utf-8")
+    except FileExistsError:
+        return
+    except OSError as error:
+        logging.info("HY-WU: %s was not made (%s). Make it to put files there.", folder, error.strerror)
 
 
 def _walk(kind: str) -> Iterator[tuple[str, list[str]]]:

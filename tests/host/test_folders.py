@@ -12,7 +12,7 @@ from hywu_core import CheckpointError, InstanceLora, LoraFactor, SaveError, load
 from hywu_core.bases.hunyuan_image3 import model_folder
 from hywu_core.bases.hunyuan_image3.files import Shards
 from hywu_core.files.shards import Header
-from hywu_core.host import folders, memory
+from hywu_core.host import folders, memory, pack
 from hywu_core.host.lora import store
 from hywu_core.host.training import in_server
 
@@ -47,6 +47,45 @@ def make(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
+
+
+def test_the_folders_are_made_at_the_first_start_and_say_what_goes_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    for register, names, kind, words in (
+        (folders.register, folders.generator_names, "hywu", "huggingface.co/tencent/HY-WU "),
+        (model_folder.register, model_folder.names, "hunyuan_image3", "tencent/HunyuanImage-3.0-Instruct "),
+    ):
+        folder_paths.folder_names_and_paths.pop(kind, None)
+        register()
+        readme = tmp_path / "models" / kind / folders.README
+        assert words in readme.read_text(encoding="utf-8")
+        assert own(names()) == []
+        readme.unlink()  # what somebody threw away does not come back
+        register()
+        assert not readme.exists()
+
+
+def test_a_disk_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    (tmp_path / "models").write_bytes(b"")  # a file: nothing can be made below it, as whoever runs the test
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    with caplog.at_level(logging.INFO):
+        folders.register()
+    assert "hywu was not made" in caplog.text
+    assert own(folders.generator_names()) == []
+
+
+@pytest.mark.parametrize("name", ["hywu", "ComfyUI_HY-WU", "hywu-main", "hywu(1)"])
+def test_folders_of_these_names_are_served(name, caplog):
+    pack.warn_if_not_served(name)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["HY WU (1)", "hywu-0.1.0", "hywu@latest", "超网络", "hy%20wu", "hywu#2"])
+def test_folders_of_other_names_are_warned_of(name, caplog):
+    pack.warn_if_not_served(name)
+    assert "Rename the folder to hywu" in caplog.text and repr(name) in caplog.text
 
 
 def test_each_kind_is_announced_by_its_owner_and_keeps_the_paths_of_others(models):
