@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..hywu_core.condition import Condition as ConditionValue
-from ..hywu_core.host import conditions, folders, memory, streaming
+from ..hywu_core.host import cards, conditions, folders, generator_cards, memory
 from ..hywu_core.host.lora import store
 from .types import Condition, Generator, Lora
 
@@ -45,8 +45,7 @@ class HYWULoadGenerator(io.ComfyNode):
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
         handle = memory.load(path, memory.WEIGHT_DTYPES[weight_dtype])
-        streaming.say(memory.describe(handle))
-        return io.NodeOutput(handle)
+        return io.NodeOutput(handle, ui=cards.outputs(generator_cards.loaded(handle)))
 
 
 class HYWUCondition(io.ComfyNode):
@@ -156,8 +155,8 @@ class HYWUGenerateLoRA(io.ComfyNode):
     def execute(cls, generator, condition, keep_gb=0.0):
         if not isinstance(condition, ConditionValue):
             condition = conditions.from_host(condition)
-        lora = memory.generate(generator, condition, keep_gb)
-        return io.NodeOutput(lora, store.for_the_host(lora))
+        lora, card = generator_cards.generate(generator, condition, keep_gb)
+        return io.NodeOutput(lora, store.for_the_host(lora), ui=cards.outputs(card))
 
 
 NODES = [HYWULoadGenerator, HYWUCondition, HYWUGenerateLoRA]

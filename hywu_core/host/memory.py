@@ -70,6 +70,13 @@ class GeneratorHandle(NamedTuple):
         return self.patcher.model
 
 
+class Fresh:
+    """Whether a LoRA was generated, or read from the disk."""
+
+    def __init__(self):
+        self.made = False
+
+
 def describe(handle: GeneratorHandle) -> str:
     """One line for an artist: how large a generator is, what it writes, and what it needs to."""
     needed = plan(handle.config, 1, EXAMPLE_LENGTH, handle.compute_dtype)
@@ -162,11 +169,14 @@ def manage_training(generator: Generator) -> comfy.model_patcher.ModelPatcher:
     return patcher
 
 
-def generate(handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0) -> InstanceLora:
+def generate(
+    handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0, fresh: Fresh | None = None
+) -> InstanceLora:
     """Write the LoRA of a condition. Shows progress; the host's cancel button works between chunks.
 
     Args:
         keep_gb: GB of the disk that generated LoRAs may take, to be read when they are asked for again; 0: none.
+        fresh: is told whether it was generated now.
     Returns:
         factors on the host's intermediate device, each layer moved there as soon as it is ready.
     Raises:
@@ -183,6 +193,8 @@ def generate(handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0
         bar.update_absolute(done, total)
 
     def make() -> InstanceLora:
+        if fresh is not None:
+            fresh.made = True
         return write(handle, tokens, progress)
 
     if keep_gb:
