@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.host import conditions, folders, memory, streaming
+from ..hywu_core.host import cards, conditions, folders, generator_cards, memory
 from ..hywu_core.host.lora import store
 from .types import Condition, Generator, Lora
 
@@ -49,8 +49,7 @@ class HYWULoadGenerator(io.ComfyNode):
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
         handle = memory.load(path, memory.WEIGHT_DTYPES[weight_dtype])
-        streaming.say(memory.describe(handle))
-        return io.NodeOutput(handle)
+        return io.NodeOutput(handle, ui=cards.outputs(generator_cards.loaded(handle)))
 
 
 class HYWUCondition(io.ComfyNode):
@@ -170,8 +169,8 @@ class HYWUGenerateLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, generator, condition, keep_gb=0.0, more_conditions: io.Autogrow.Type = None):
         first, *more = map(conditions.as_condition, (condition, *(more_conditions or {}).values()))
-        lora = memory.generate(generator, first, keep_gb, more)
-        return io.NodeOutput(lora, store.for_the_host(lora))
+        lora, card = generator_cards.generate(generator, first, keep_gb, more)
+        return io.NodeOutput(lora, store.for_the_host(lora), ui=cards.outputs(card))
 
 
 NODES = [HYWULoadGenerator, HYWUCondition, HYWUGenerateLoRA]
