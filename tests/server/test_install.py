@@ -1,4 +1,4 @@
-"""Clean installs: what is published, unpacked or cloned into a fresh ComfyUI by every name that people give it, is used there."""
+"""Clean installs: what is published, unpacked or cloned into a fresh ComfyUI by names that people give it, works there."""
 
 import json
 import shutil
