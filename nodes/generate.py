@@ -19,7 +19,7 @@ class HYWULoadGenerator(io.ComfyNode):
             node_id="HYWULoadGenerator",
             display_name="Load HY-WU Generator",
             category="HY-WU",
-            search_aliases=["hypernetwork", "instance lora", "weight unleashing", "hy-wu", "超网络", "生成器", "权重"],
+            search_aliases=["hypernetwork", "instance lora", "weight unleashing", "hy-wu"],
             description="Loads a generator: the network that reads one picture and one instruction and writes a LoRA for "
             "exactly that edit. Put its folder (config.json and .safetensors files) or its single .safetensors file into "
             "models/hywu.",
@@ -59,16 +59,7 @@ class HYWUCondition(io.ComfyNode):
             node_id="HYWUCondition",
             display_name="HY-WU Condition",
             category="HY-WU",
-            search_aliases=[
-                "instruction",
-                "edit",
-                "hidden states",
-                "hypernetwork input",
-                "编辑",
-                "指令",
-                "条件",
-                "超网络",
-            ],
+            search_aliases=["instruction", "edit", "hidden states", "hypernetwork input"],
             description="Gathers what a generator reads: the encoded instruction (and picture, where the text encoder sees "
             "it), and for generators that were trained with them the patch features of a CLIP Vision model or the base's own "
             "hidden states.",
@@ -111,17 +102,7 @@ class HYWUGenerateLoRA(io.ComfyNode):
             node_id="HYWUGenerateLoRA",
             display_name="Generate Instance LoRA",
             category="HY-WU",
-            search_aliases=[
-                "edit",
-                "image editing",
-                "instance lora",
-                "hypernetwork",
-                "write lora",
-                "编辑",
-                "生成 lora",
-                "超网络",
-                "权重",
-            ],
+            search_aliases=["edit", "image editing", "instance lora", "hypernetwork", "write lora"],
             description="Writes the LoRA for exactly this picture and this instruction, in one forward pass of the "
             "generator. The result depends on nothing else: changing the seed, the sampler or the strength does not run "
             "it again.",
