@@ -4,11 +4,11 @@ from comfy_api.latest import io
 
 from ..hywu_core.host import cards
 from ..hywu_core.host.lora import charts, lora_cards, store
-from .types import Lora
+from .types import lora_input, lora_outputs
 
 
 def _loras_input(minimum: int, tooltip: str) -> io.Autogrow.Input:
-    template = io.Autogrow.TemplatePrefix(Lora.Input("lora", tooltip=tooltip), prefix="lora", min=minimum, max=50)
+    template = io.Autogrow.TemplatePrefix(lora_input(tooltip), prefix="lora", min=minimum, max=50)
     return io.Autogrow.Input("loras", template=template, tooltip=tooltip)
 
 
@@ -38,7 +38,7 @@ class HYWUBlendLoRAs(io.ComfyNode):
                     tooltip="0 keeps the exact blend, whose rank is the sum of all. Any other number cuts it to that rank.",
                 ),
             ],
-            outputs=[Lora.Output("lora", tooltip="The blend, for Apply Instance LoRA and Save Instance LoRA.")],
+            outputs=lora_outputs("The blend, for Apply Instance LoRA and Save Instance LoRA."),
         )
 
     @classmethod
@@ -56,7 +56,7 @@ class HYWUInspectLoRA(io.ComfyNode):
             search_aliases=["lora norms", "instance lora", "weights", "analyse lora"],
             description="How much a LoRA changes each weight: the norm of its change by layer and target, as a picture and "
             "as a table.",
-            inputs=[Lora.Input("lora", tooltip="The LoRA to look at. Of a batch, the mean is shown.")],
+            inputs=[lora_input("The LoRA to look at. Of a batch, the mean is shown.")],
             outputs=[
                 io.Image.Output("image", tooltip="Layers down, targets across. The node shows it, too."),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
