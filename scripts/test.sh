@@ -24,7 +24,5 @@ if [ ! -d "$ROOT/.host/frontend/$FRONTEND" ]; then
     rm -rf "$work"
 fi
 
-# Runs are compared bit for bit. With several threads, sums were seen to differ in their last place from one run to the next.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cd "$ROOT"
 exec "$(host_python)" -m pytest tests/core tests/host tests/machines tests/server tests/web "$@"
