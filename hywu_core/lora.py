@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .errors import LoraError
 
+INSTRUCTIONS = "instructions"  # of a batch's metadata: one for each instance; a single one's is its "instruction"
+EQUAL = 1e-12  # share of a square that is rounding
+
 
 class LoraFactor(NamedTuple):
     """The factor pair of one target."""
@@ -120,7 +123,12 @@ class InstanceLora(_Fields):
         if not -self.batch <= index < self.batch:
             raise LoraError(f"There is no instance {index}: this LoRA holds {self.batch}.")
         index %= self.batch
-        return self.map(lambda pair: LoraFactor(pair.down[index : index + 1], pair.up[index : index + 1]))
+        chosen = self.map(lambda pair: LoraFactor(pair.down[index : index + 1], pair.up[index : index + 1]))
+        told = self.metadata.get(INSTRUCTIONS, ())
+        if len(told) != self.batch:
+            return chosen
+        rest = {name: value for name, value in self.metadata.items() if name != INSTRUCTIONS}
+        return chosen.changed(metadata={**rest, "instruction": told[index]})
 
     def scaled(self, strength: float) -> InstanceLora:
         """The same LoRA, `strength` times as strong."""
@@ -229,10 +237,14 @@ def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
     return cosines([a, b])[0, 1]
 
 
-def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] | None = None) -> Tensor:
+def cosines(
+    loras: Sequence[InstanceLora], progress: Callable[[int, int], None] | None = None, centred: bool = False
+) -> Tensor:
     """`cosine` between every two of N LoRAs: (N, N, B). Holds the factors of one target in float64 at a time.
 
     Args:
+        centred: compare what is left of each dW without the mean of all N, which LoRAs of one generator share; exact, from
+            the inner products. Unrelated LoRAs then have -1 / (N - 1) on average, and two always -1.
         progress: called with (done, total) after every target; what it raises ends the work.
     Raises:
         LoraError: if one has no pairs, or they have not the same targets of the same shapes, or batches that differ and are
@@ -252,6 +264,12 @@ def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] 
                     products[j, i] += both
         if progress:
             progress(done, len(names))
+    if centred:
+        whole = products.diagonal().T
+        products = products - products.mean(0, keepdim=True) - products.mean(1, keepdim=True) + products.mean((0, 1))
+        # what only rounding leaves of equal ones is nothing
+        nothing = products.diagonal().T <= EQUAL * whole
+        products = products.masked_fill(nothing.unsqueeze(0) | nothing.unsqueeze(1), 0.0)
     squares = products.diagonal().T.clamp(min=0)  # (N, B)
     lengths = (squares.unsqueeze(0) * squares.unsqueeze(1)).sqrt()
     return torch.where(lengths > 0, products / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.host.lora import charts, store
+from ..hywu_core.host import cards
+from ..hywu_core.host.lora import charts, lora_cards, store
 from .types import Lora
 
 
@@ -57,7 +58,7 @@ class HYWUInspectLoRA(io.ComfyNode):
             "as a table.",
             inputs=[Lora.Input("lora", tooltip="The LoRA to look at. Of a batch, the mean is shown.")],
             outputs=[
-                io.Image.Output("image", tooltip="Layers down, targets across; for Preview Image."),
+                io.Image.Output("image", tooltip="Layers down, targets across. The node shows it, too."),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
             ],
         )
@@ -65,7 +66,8 @@ class HYWUInspectLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora):
         image, table = charts.norms_by_layer(lora)
-        return io.NodeOutput(image, table + store.beside_the_pairs([lora]))
+        card = lora_cards.inspected(lora)
+        return io.NodeOutput(image, table + store.beside_the_pairs([lora]), ui=cards.outputs(card, image, cls))
 
 
 class HYWUCompareLoRAs(io.ComfyNode):
@@ -77,19 +79,30 @@ class HYWUCompareLoRAs(io.ComfyNode):
             category="HY-WU",
             search_aliases=["lora similarity", "instance lora", "cosine"],
             description="How alike LoRAs are: the cosine between the changes of every two. 1 is the same direction, 0 has "
-            "nothing in common, -1 is the opposite direction. LoRAs of one generator share much, so even opposite edits can "
-            "be well above 0: compare the numbers with each other. Compared are the products B A, not the factors.",
-            inputs=[_loras_input(2, "The LoRAs to compare; a new socket appears for each one wired in.")],
+            "nothing in common, -1 is the opposite direction. Of three or more, what all of them share is left out first "
+            "(centred), so that opposite edits stand apart. Compared are the products B A, not the factors.",
+            inputs=[
+                _loras_input(2, "The LoRAs to compare; a new socket appears for each one wired in."),
+                io.Boolean.Input(
+                    "centred",
+                    default=True,
+                    optional=True,
+                    tooltip="Leave out what all of them share, so that opposite edits are told apart: LoRAs of one generator "
+                    "share much. Needs three or more; two are always compared as they are.",
+                ),
+            ],
             outputs=[
-                io.Image.Output("image", tooltip="Every LoRA against every other; for Preview Image."),
+                io.Image.Output("image", tooltip="Every LoRA against every other. The node shows it, too."),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
             ],
         )
 
     @classmethod
-    def execute(cls, loras: io.Autogrow.Type):
-        image, table = charts.cosines_of(list(loras.values()))
-        return io.NodeOutput(image, table + store.beside_the_pairs(list(loras.values())))
+    def execute(cls, loras: io.Autogrow.Type, centred=True):
+        given = list(loras.values())
+        image, table = charts.cosines_of(given, centred)
+        card = lora_cards.compared(given, centred)
+        return io.NodeOutput(image, table + store.beside_the_pairs(given), ui=cards.outputs(card, image, cls))
 
 
 NODES = [HYWUBlendLoRAs, HYWUInspectLoRA, HYWUCompareLoRAs]

@@ -2,10 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.condition import Condition as ConditionValue
-from ..hywu_core.host import conditions, folders, memory, streaming
+from ..hywu_core.host import cards, conditions, folders, generator_cards, memory
 from ..hywu_core.host.lora import store
 from .types import Condition, Generator, Lora
+
+MORE = (
+    "Further edits, of any lengths: one LoRA comes out that holds an instance for each, in this order, for as many pictures "
+    "in one batch. The generator is brought to the device once for all of them."
+)
 
 
 class HYWULoadGenerator(io.ComfyNode):
@@ -45,8 +49,7 @@ class HYWULoadGenerator(io.ComfyNode):
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
         handle = memory.load(path, memory.WEIGHT_DTYPES[weight_dtype])
-        streaming.say(memory.describe(handle))
-        return io.NodeOutput(handle)
+        return io.NodeOutput(handle, ui=cards.outputs(generator_cards.loaded(handle)))
 
 
 class HYWUCondition(io.ComfyNode):
@@ -122,6 +125,17 @@ class HYWUGenerateLoRA(io.ComfyNode):
                     tooltip="Keep generated LoRAs on the disk, this many GB of them in all, so that the same edit is read "
                     "the next time instead of generated. 0: keep none.",
                 ),
+                io.Autogrow.Input(
+                    "more_conditions",
+                    optional=True,
+                    template=io.Autogrow.TemplatePrefix(
+                        io.MultiType.Input("condition", types=[Condition, io.Conditioning], tooltip=MORE),
+                        prefix="condition",
+                        min=0,
+                        max=50,
+                    ),
+                    tooltip=MORE,
+                ),
             ],
             outputs=[
                 Lora.Output("lora", tooltip="The generated LoRA, for Apply Instance LoRA and Save Instance LoRA."),
@@ -134,11 +148,10 @@ class HYWUGenerateLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, generator, condition, keep_gb=0.0):
-        if not isinstance(condition, ConditionValue):
-            condition = conditions.from_host(condition)
-        lora = memory.generate(generator, condition, keep_gb)
-        return io.NodeOutput(lora, store.for_the_host(lora))
+    def execute(cls, generator, condition, keep_gb=0.0, more_conditions: io.Autogrow.Type = None):
+        first, *more = map(conditions.as_condition, (condition, *(more_conditions or {}).values()))
+        lora, card = generator_cards.generate(generator, first, keep_gb, more)
+        return io.NodeOutput(lora, store.for_the_host(lora), ui=cards.outputs(card))
 
 
 NODES = [HYWULoadGenerator, HYWUCondition, HYWUGenerateLoRA]

@@ -1,9 +1,9 @@
 """Apply, save and load generated LoRAs."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..hywu_core.host import streaming
-from ..hywu_core.host.lora import apply, store
+from ..hywu_core.host import cards
+from ..hywu_core.host.lora import apply, lora_cards, store
 from .types import Lora
 
 
@@ -65,9 +65,7 @@ class HYWUApplyLoRA(io.ComfyNode):
     def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
         lora = store.as_instance_lora(lora)
         patched, matches = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
-        text = f"{matches} ({matches.how or mode})"
-        streaming.say(text)
-        return io.NodeOutput(patched, ui=ui.PreviewText(text))
+        return io.NodeOutput(patched, ui=cards.outputs(lora_cards.applied(lora, matches, strength, mode)))
 
 
 class HYWUSaveLoRA(io.ComfyNode):
@@ -109,9 +107,7 @@ class HYWUSaveLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora, filename_prefix, format, dtype):
         path = store.save_to_output(lora, filename_prefix, format, store.SAVE_DTYPES[dtype])
-        text = "\n".join(filter(None, (str(path), store.remarks(lora, format))))
-        streaming.say(text)
-        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+        return io.NodeOutput(str(path), ui=cards.outputs(lora_cards.saved(lora, path, store.remarks(lora, format))))
 
 
 class HYWULoadLoRA(io.ComfyNode):

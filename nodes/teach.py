@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..hywu_core.host import cards
 from ..hywu_core.host.training import in_server, teach
 from ..hywu_core.training import SessionOptions
 from ..hywu_core.training.options import REFUSE, RESTART, RESUME
@@ -198,7 +199,7 @@ class HYWUTeachGenerator(io.ComfyNode):
         found = in_server.teach_on_server(
             studio, generator[0], new, old, _pictures(pictures), config, options, run_name[0], base_reads[0]
         )
-        return io.NodeOutput(found.handle, found.report, {"loss": found.losses}, ui={"text": (found.report,)})
+        return io.NodeOutput(found.handle, found.report, found.losses, ui=cards.outputs(found.card))
 
 
 class HYWULearnFromLoRAs(io.ComfyNode):
@@ -271,7 +272,7 @@ class HYWULearnFromLoRAs(io.ComfyNode):
         found = in_server.learn_on_server(
             studio, generator[0], folder[0], _pictures(pictures), config, options, run_name[0]
         )
-        return io.NodeOutput(found.handle, found.report, {"loss": found.losses}, ui={"text": (found.report,)})
+        return io.NodeOutput(found.handle, found.report, found.losses, ui=cards.outputs(found.card))
 
 
 NODES = [HYWUTeachGenerator, HYWULearnFromLoRAs]

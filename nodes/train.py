@@ -3,10 +3,10 @@
 Nodes that take whole lists of pairs get every input as a list; `_first` takes the single values out.
 """
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..hywu_core.condition import SOURCES
-from ..hywu_core.host import memory, model, new_generator, streaming
+from ..hywu_core.host import cards, generator_cards, memory, model, new_generator
 from ..hywu_core.host.training import evaluate, in_server, teach
 from ..hywu_core.training import SessionOptions, TrainConfig
 from ..hywu_core.training.options import ALL_STACKS, CONSTANT, FALLING, PRECISIONS, REFUSE, RESTART, RESUME
@@ -113,8 +113,8 @@ class HYWUNewGenerator(io.ComfyNode):
                     default=model.LARGEST,
                     optional=True,
                     advanced=True,
-                    tooltip="Which list of blocks gets LoRAs, such as double_blocks; largest takes the one with most "
-                    "weights. Another word gives an error that lists those of the model.",
+                    tooltip="Which list of blocks gets LoRAs, such as double_blocks, or several, with commas between them. "
+                    "largest: the one with most weights. all stacks: every one. Any other word is an error that lists them.",
                 ),
                 io.String.Input(
                     "target_names",
@@ -131,9 +131,7 @@ class HYWUNewGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, model, condition, **settings):
         made = memory.new_for(model[0], condition[0], **{name: _first(values) for name, values in settings.items()})
-        text = memory.describe_new(made)
-        streaming.say(text)
-        return io.NodeOutput(made, ui=ui.PreviewText(text))
+        return io.NodeOutput(made, ui=cards.outputs(generator_cards.made(made)))
 
 
 class HYWUTrainGenerator(io.ComfyNode):
@@ -377,7 +375,7 @@ class HYWUTrainGenerator(io.ComfyNode):
             texts["instructions"],
             in_server.Remember(values.get("clip"), texts["old_instructions"], values.get("teacher")),
         )
-        return io.NodeOutput(trained.handle, trained.losses, trained.steps)
+        return io.NodeOutput(trained.handle, trained.losses, trained.steps, ui=cards.outputs(trained.card))
 
 
 class HYWUSaveGenerator(io.ComfyNode):
@@ -408,7 +406,7 @@ class HYWUSaveGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, generator, filename, dtype):
         path = memory.save(generator, filename, memory.SAVE_DTYPES[dtype])
-        return io.NodeOutput(str(path), ui={"text": (str(path),)})
+        return io.NodeOutput(str(path), ui=cards.outputs(generator_cards.saved(generator, path)))
 
 
 class HYWUEvaluateGenerator(io.ComfyNode):
@@ -439,7 +437,7 @@ class HYWUEvaluateGenerator(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    "image", tooltip="Losses by noise level, and gains with their intervals; for Preview Image."
+                    "image", tooltip="Losses by noise level, and gains with their intervals. The node shows it, too."
                 ),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
             ],
@@ -447,8 +445,10 @@ class HYWUEvaluateGenerator(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, positive, generator, seed, generator_positive=None):
-        found = evaluate.evaluate_generator(model[0], generator[0], latents, positive, generator_positive, seed[0])
-        return io.NodeOutput(*found)
+        image, table, card = evaluate.evaluate_generator(
+            model[0], generator[0], latents, positive, generator_positive, seed[0]
+        )
+        return io.NodeOutput(image, table, ui=cards.outputs(card, image, cls))
 
 
 NODES = [HYWUNewGenerator, HYWUTrainGenerator, HYWUSaveGenerator, HYWUEvaluateGenerator]
