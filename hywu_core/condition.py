@@ -88,6 +88,18 @@ def assemble(condition: Condition, config: GeneratorConfig) -> Tensor:
     return torch.cat(laid, dim=1)
 
 
+def text_of(assembled: Tensor, config: GeneratorConfig) -> Tensor | None:
+    """Of an assembled condition (B, L, input_dim), the tokens (B, l, width) that carry the instruction; None if none do."""
+    start = 0
+    for kind, width in expected_parts(config):
+        if kind in (CONDITIONING, HIDDEN_STATES):
+            tokens = assembled[..., start : start + width]
+            rows = tokens.ne(0).any(-1).any(0)
+            return tokens[:, rows] if bool(rows.any()) else None
+        start += width
+    return None
+
+
 def patches(latent: Tensor, side: int) -> Tensor:
     """A latent (B, C, H, W) or (B, C, T, H, W) -> its patches (B, length, C * side * side), row by row; padded at the end."""
     latent = latent.unsqueeze(2) if latent.ndim == 4 else latent

@@ -7,7 +7,7 @@ import reprlib
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from . import lineage
+from . import knowledge, lineage
 from .errors import ConfigError
 from .files.text import parse_json
 
@@ -75,6 +75,7 @@ class GeneratorConfig:
         self._check_mappings()
         self._check_condition()
         lineage.check(self.hywu)
+        knowledge.check(self.hywu)
 
     @property
     def scale(self) -> float:

@@ -1,8 +1,8 @@
 """The generator: a transformer that reads a condition and writes the token grids of a LoRA (paper Fig. 5), one for each stack
 of the base.
 
-    condition (B, L, input_dim) ── hidden_in, norm_input ──► context (B, L, d)
-    context ── TokenTransformer (transformer.py) ──► token grid (B, N, T, r, token_dim) ── detokenize ──► InstanceLora
+    condition (B, L, input_dim) -- hidden_in, norm_input --> context (B, L, d)
+    context -- TokenTransformer (transformer.py) --> token grid (B, N, T, r, token_dim) -- detokenize --> InstanceLora
 
 Letters as in transformer.py. `Generator.forward` keeps the graph, for training; `Generator.generate` gives the same numbers
 in bounded memory (chunked.py).

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import LoraError
 
 INSTRUCTIONS = "instructions"  # of a batch's metadata: one for each instance; a single one's is its "instruction"
+EQUAL = 1e-12  # share of a square that is rounding
 
 
 class LoraFactor(NamedTuple):
@@ -236,10 +237,14 @@ def cosine(a: InstanceLora, b: InstanceLora) -> Tensor:
     return cosines([a, b])[0, 1]
 
 
-def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] | None = None) -> Tensor:
+def cosines(
+    loras: Sequence[InstanceLora], progress: Callable[[int, int], None] | None = None, centred: bool = False
+) -> Tensor:
     """`cosine` between every two of N LoRAs: (N, N, B). Holds the factors of one target in float64 at a time.
 
     Args:
+        centred: compare what is left of each dW without the mean of all N, which LoRAs of one generator share; exact, from
+            the inner products. Unrelated LoRAs then have -1 / (N - 1) on average, and two always -1.
         progress: called with (done, total) after every target; what it raises ends the work.
     Raises:
         LoraError: if one has no pairs, or they have not the same targets of the same shapes, or batches that differ and are
@@ -259,6 +264,12 @@ def cosines(loras: Sequence[InstanceLora], progress: Callable[[int, int], None] 
                     products[j, i] += both
         if progress:
             progress(done, len(names))
+    if centred:
+        whole = products.diagonal().T
+        products = products - products.mean(0, keepdim=True) - products.mean(1, keepdim=True) + products.mean((0, 1))
+        # what only rounding leaves of equal ones is nothing
+        nothing = products.diagonal().T <= EQUAL * whole
+        products = products.masked_fill(nothing.unsqueeze(0) | nothing.unsqueeze(1), 0.0)
     squares = products.diagonal().T.clamp(min=0)  # (N, B)
     lengths = (squares.unsqueeze(0) * squares.unsqueeze(1)).sqrt()
     return torch.where(lengths > 0, products / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)

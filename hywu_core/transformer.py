@@ -4,9 +4,9 @@ Letters:
     B batch · N layers of the base's stack · T tokens of one layer (A tokens first, then B tokens) · r rank
     S = T * r / dim_accumulation, positions of one layer · d d_model · h heads · L length of the condition
 
-    hw_pos + layer_pos ── norm_tokens ──► x (B, N, S, d)
+    hw_pos + layer_pos -- norm_tokens --> x (B, N, S, d)
     num_pg_layers times:  x += attention over N · x += attention over S · x += attention to context · x += feed-forward
-    norm_final ── proj_out_A | proj_out_B ──► token grid (B, N, T, r, token_dim)
+    norm_final -- proj_out_A | proj_out_B --> token grid (B, N, T, r, token_dim)
 
 A generator for several stacks of the base has one grid a stack. All weights but the learned positions are shared: blocks see
 rows of d, whatever their number, and heads see tokens, whose shape is common. What tells the stacks apart is

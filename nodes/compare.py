@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.host.lora import charts, store
+from ..hywu_core.host import cards
+from ..hywu_core.host.lora import charts, lora_cards, store
 from .types import Lora
 
 
@@ -18,18 +19,7 @@ class HYWUBlendLoRAs(io.ComfyNode):
             node_id="HYWUBlendLoRAs",
             display_name="Blend Instance LoRAs",
             category="HY-WU",
-            search_aliases=[
-                "merge loras",
-                "mix loras",
-                "instance lora",
-                "combine",
-                "average",
-                "sum",
-                "合并",
-                "融合",
-                "混合",
-                "权重",
-            ],
+            search_aliases=["merge loras", "mix loras", "instance lora", "combine", "average", "sum"],
             description="One LoRA whose every change is the weighted sum of the given ones'. Exact: the ranks are put side "
             "by side, products are never averaged factor by factor. A maximum rank cuts the result to the nearest LoRA of "
             "that rank.",
@@ -63,12 +53,12 @@ class HYWUInspectLoRA(io.ComfyNode):
             node_id="HYWUInspectLoRA",
             display_name="Inspect Instance LoRA",
             category="HY-WU",
-            search_aliases=["lora norms", "instance lora", "weights", "analyse lora", "权重", "范数", "分析"],
+            search_aliases=["lora norms", "instance lora", "weights", "analyse lora"],
             description="How much a LoRA changes each weight: the norm of its change by layer and target, as a picture and "
             "as a table.",
             inputs=[Lora.Input("lora", tooltip="The LoRA to look at. Of a batch, the mean is shown.")],
             outputs=[
-                io.Image.Output("image", tooltip="Layers down, targets across; for Preview Image."),
+                io.Image.Output("image", tooltip="Layers down, targets across. The node shows it, too."),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
             ],
         )
@@ -76,7 +66,8 @@ class HYWUInspectLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora):
         image, table = charts.norms_by_layer(lora)
-        return io.NodeOutput(image, table + store.beside_the_pairs([lora]))
+        card = lora_cards.inspected(lora)
+        return io.NodeOutput(image, table + store.beside_the_pairs([lora]), ui=cards.outputs(card, image, cls))
 
 
 class HYWUCompareLoRAs(io.ComfyNode):
@@ -86,21 +77,32 @@ class HYWUCompareLoRAs(io.ComfyNode):
             node_id="HYWUCompareLoRAs",
             display_name="Compare Instance LoRAs",
             category="HY-WU",
-            search_aliases=["lora similarity", "instance lora", "cosine", "相似度", "余弦", "权重"],
+            search_aliases=["lora similarity", "instance lora", "cosine"],
             description="How alike LoRAs are: the cosine between the changes of every two. 1 is the same direction, 0 has "
-            "nothing in common, -1 is the opposite direction. LoRAs of one generator share much, so even opposite edits can "
-            "be well above 0: compare the numbers with each other. Compared are the products B A, not the factors.",
-            inputs=[_loras_input(2, "The LoRAs to compare; a new socket appears for each one wired in.")],
+            "nothing in common, -1 is the opposite direction. Of three or more, what all of them share is left out first "
+            "(centred), so that opposite edits stand apart. Compared are the products B A, not the factors.",
+            inputs=[
+                _loras_input(2, "The LoRAs to compare; a new socket appears for each one wired in."),
+                io.Boolean.Input(
+                    "centred",
+                    default=True,
+                    optional=True,
+                    tooltip="Leave out what all of them share, so that opposite edits are told apart: LoRAs of one generator "
+                    "share much. Needs three or more; two are always compared as they are.",
+                ),
+            ],
             outputs=[
-                io.Image.Output("image", tooltip="Every LoRA against every other; for Preview Image."),
+                io.Image.Output("image", tooltip="Every LoRA against every other. The node shows it, too."),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
             ],
         )
 
     @classmethod
-    def execute(cls, loras: io.Autogrow.Type):
-        image, table = charts.cosines_of(list(loras.values()))
-        return io.NodeOutput(image, table + store.beside_the_pairs(list(loras.values())))
+    def execute(cls, loras: io.Autogrow.Type, centred=True):
+        given = list(loras.values())
+        image, table = charts.cosines_of(given, centred)
+        card = lora_cards.compared(given, centred)
+        return io.NodeOutput(image, table + store.beside_the_pairs(given), ui=cards.outputs(card, image, cls))
 
 
 NODES = [HYWUBlendLoRAs, HYWUInspectLoRA, HYWUCompareLoRAs]

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.host import conditions, folders, memory, streaming
+from ..hywu_core.host import cards, conditions, folders, generator_cards, memory
 from ..hywu_core.host.lora import store
 from .types import Condition, Generator, Lora
 
@@ -19,7 +19,7 @@ class HYWULoadGenerator(io.ComfyNode):
             node_id="HYWULoadGenerator",
             display_name="Load HY-WU Generator",
             category="HY-WU",
-            search_aliases=["hypernetwork", "instance lora", "weight unleashing", "hy-wu", "超网络", "生成器", "权重"],
+            search_aliases=["hypernetwork", "instance lora", "weight unleashing", "hy-wu"],
             description="Loads a generator: the network that reads one picture and one instruction and writes a LoRA for "
             "exactly that edit. Put its folder (config.json and .safetensors files) or its single .safetensors file into "
             "models/hywu.",
@@ -49,8 +49,7 @@ class HYWULoadGenerator(io.ComfyNode):
     def execute(cls, generator, weight_dtype):
         path = folders.generator_path(generator)
         handle = memory.load(path, memory.WEIGHT_DTYPES[weight_dtype])
-        streaming.say(memory.describe(handle))
-        return io.NodeOutput(handle)
+        return io.NodeOutput(handle, ui=cards.outputs(generator_cards.loaded(handle)))
 
 
 class HYWUCondition(io.ComfyNode):
@@ -60,16 +59,7 @@ class HYWUCondition(io.ComfyNode):
             node_id="HYWUCondition",
             display_name="HY-WU Condition",
             category="HY-WU",
-            search_aliases=[
-                "instruction",
-                "edit",
-                "hidden states",
-                "hypernetwork input",
-                "编辑",
-                "指令",
-                "条件",
-                "超网络",
-            ],
+            search_aliases=["instruction", "edit", "hidden states", "hypernetwork input"],
             description="Gathers what a generator reads: the encoded instruction (and picture, where the text encoder sees "
             "it), and for generators that were trained with them the patch features of a CLIP Vision model or the base's own "
             "hidden states.",
@@ -112,17 +102,7 @@ class HYWUGenerateLoRA(io.ComfyNode):
             node_id="HYWUGenerateLoRA",
             display_name="Generate Instance LoRA",
             category="HY-WU",
-            search_aliases=[
-                "edit",
-                "image editing",
-                "instance lora",
-                "hypernetwork",
-                "write lora",
-                "编辑",
-                "生成 lora",
-                "超网络",
-                "权重",
-            ],
+            search_aliases=["edit", "image editing", "instance lora", "hypernetwork", "write lora"],
             description="Writes the LoRA for exactly this picture and this instruction, in one forward pass of the "
             "generator. The result depends on nothing else: changing the seed, the sampler or the strength does not run "
             "it again.",
@@ -170,8 +150,8 @@ class HYWUGenerateLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, generator, condition, keep_gb=0.0, more_conditions: io.Autogrow.Type = None):
         first, *more = map(conditions.as_condition, (condition, *(more_conditions or {}).values()))
-        lora = memory.generate(generator, first, keep_gb, more)
-        return io.NodeOutput(lora, store.for_the_host(lora))
+        lora, card = generator_cards.generate(generator, first, keep_gb, more)
+        return io.NodeOutput(lora, store.for_the_host(lora), ui=cards.outputs(card))
 
 
 NODES = [HYWULoadGenerator, HYWUCondition, HYWUGenerateLoRA]

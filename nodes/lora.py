@@ -1,9 +1,9 @@
 """Apply, save and load generated LoRAs."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..hywu_core.host import streaming
-from ..hywu_core.host.lora import apply, store
+from ..hywu_core.host import cards
+from ..hywu_core.host.lora import apply, lora_cards, store
 from .types import Lora
 
 
@@ -14,18 +14,7 @@ class HYWUApplyLoRA(io.ComfyNode):
             node_id="HYWUApplyLoRA",
             display_name="Apply Instance LoRA",
             category="HY-WU",
-            search_aliases=[
-                "apply generated lora",
-                "instance lora",
-                "lora loader",
-                "merge lora",
-                "bypass",
-                "edit",
-                "编辑",
-                "加载 lora",
-                "合并",
-                "权重",
-            ],
+            search_aliases=["apply generated lora", "instance lora", "lora loader", "merge lora", "bypass", "edit"],
             description="Puts a LoRA on a model. The model that is wired in stays as it is, and several of these nodes can "
             "follow each other in any order. Strength and schedule can be changed without generating again.",
             inputs=[
@@ -76,9 +65,7 @@ class HYWUApplyLoRA(io.ComfyNode):
     def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
         lora = store.as_instance_lora(lora)
         patched, matches = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
-        text = f"{matches} ({matches.how or mode})"
-        streaming.say(text)
-        return io.NodeOutput(patched, ui=ui.PreviewText(text))
+        return io.NodeOutput(patched, ui=cards.outputs(lora_cards.applied(lora, matches, strength, mode)))
 
 
 class HYWUSaveLoRA(io.ComfyNode):
@@ -88,7 +75,7 @@ class HYWUSaveLoRA(io.ComfyNode):
             node_id="HYWUSaveLoRA",
             display_name="Save Instance LoRA",
             category="HY-WU",
-            search_aliases=["export lora", "instance lora", "保存 lora", "导出", "权重"],
+            search_aliases=["export lora", "instance lora"],
             is_output_node=True,
             description="Saves a generated LoRA as an ordinary LoRA file, into the output folder. In the stock format "
             "ComfyUI's own LoRA loader reads it. A batch is saved as one file for each picture.",
@@ -120,9 +107,7 @@ class HYWUSaveLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora, filename_prefix, format, dtype):
         path = store.save_to_output(lora, filename_prefix, format, store.SAVE_DTYPES[dtype])
-        text = "\n".join(filter(None, (str(path), store.remarks(lora, format))))
-        streaming.say(text)
-        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+        return io.NodeOutput(str(path), ui=cards.outputs(lora_cards.saved(lora, path, store.remarks(lora, format))))
 
 
 class HYWULoadLoRA(io.ComfyNode):
@@ -132,7 +117,7 @@ class HYWULoadLoRA(io.ComfyNode):
             node_id="HYWULoadLoRA",
             display_name="Load Instance LoRA",
             category="HY-WU",
-            search_aliases=["lora loader", "instance lora", "import lora", "加载 lora", "权重"],
+            search_aliases=["lora loader", "instance lora", "import lora"],
             description="Loads a saved LoRA, generated here or made by another tool, with its metadata.",
             inputs=[
                 io.Combo.Input("lora", options=store.names(), tooltip="A LoRA file in models/loras or output/loras."),

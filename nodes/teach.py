@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..hywu_core.host import cards
 from ..hywu_core.host.training import in_server, teach
 from ..hywu_core.training import SessionOptions
 from ..hywu_core.training.options import REFUSE, RESTART, RESUME
@@ -104,10 +105,6 @@ class HYWUTeachGenerator(io.ComfyNode):
                 "train further",
                 "fine-tune generator",
                 "hypernetwork",
-                "持续学习",
-                "微调",
-                "超网络",
-                "编辑",
             ],
             is_input_list=True,
             description="Teaches a generator one new edit from a few pairs of pictures, and keeps the edits that it knows: "
@@ -202,7 +199,7 @@ class HYWUTeachGenerator(io.ComfyNode):
         found = in_server.teach_on_server(
             studio, generator[0], new, old, _pictures(pictures), config, options, run_name[0], base_reads[0]
         )
-        return io.NodeOutput(found.handle, found.report, {"loss": found.losses}, ui={"text": (found.report,)})
+        return io.NodeOutput(found.handle, found.report, found.losses, ui=cards.outputs(found.card))
 
 
 class HYWULearnFromLoRAs(io.ComfyNode):
@@ -212,7 +209,7 @@ class HYWULearnFromLoRAs(io.ComfyNode):
             node_id="HYWULearnFromLoRAs",
             display_name="Learn from LoRAs",
             category="HY-WU/training",
-            search_aliases=["distill loras", "lora collection", "hypernetwork from loras", "蒸馏", "超网络", "权重"],
+            search_aliases=["distill loras", "lora collection", "hypernetwork from loras"],
             is_input_list=True,
             description="Trains a generator to write what a folder of LoRA files holds, each for its instruction: no "
             "pictures of edits and no pass through the base are needed. A new generator gets a warm start for Train HY-WU "
@@ -275,7 +272,7 @@ class HYWULearnFromLoRAs(io.ComfyNode):
         found = in_server.learn_on_server(
             studio, generator[0], folder[0], _pictures(pictures), config, options, run_name[0]
         )
-        return io.NodeOutput(found.handle, found.report, {"loss": found.losses}, ui={"text": (found.report,)})
+        return io.NodeOutput(found.handle, found.report, found.losses, ui=cards.outputs(found.card))
 
 
 NODES = [HYWUTeachGenerator, HYWULearnFromLoRAs]

@@ -3,10 +3,10 @@
 Nodes that take whole lists of pairs get every input as a list; `_first` takes the single values out.
 """
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..hywu_core.condition import SOURCES
-from ..hywu_core.host import memory, model, new_generator, streaming
+from ..hywu_core.host import cards, generator_cards, memory, model, new_generator
 from ..hywu_core.host.training import evaluate, in_server, teach
 from ..hywu_core.training import SessionOptions, TrainConfig
 from ..hywu_core.training.options import ALL_STACKS, CONSTANT, FALLING, PRECISIONS, REFUSE, RESTART, RESUME
@@ -49,7 +49,7 @@ class HYWUNewGenerator(io.ComfyNode):
             node_id="HYWUNewGenerator",
             display_name="New HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=["hypernetwork", "create generator", "train generator", "超网络", "创建生成器", "训练"],
+            search_aliases=["hypernetwork", "create generator", "train generator"],
             is_input_list=True,
             description="Makes a fresh generator for a model. Which layers get a LoRA is read off the model, what the "
             "generator reads off an example condition. Before training, its LoRAs change nothing.",
@@ -131,9 +131,7 @@ class HYWUNewGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, model, condition, **settings):
         made = memory.new_for(model[0], condition[0], **{name: _first(values) for name, values in settings.items()})
-        text = memory.describe_new(made)
-        streaming.say(text)
-        return io.NodeOutput(made, ui=ui.PreviewText(text))
+        return io.NodeOutput(made, ui=cards.outputs(generator_cards.made(made)))
 
 
 class HYWUTrainGenerator(io.ComfyNode):
@@ -143,7 +141,7 @@ class HYWUTrainGenerator(io.ComfyNode):
             node_id="HYWUTrainGenerator",
             display_name="Train HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=["hypernetwork training", "train lora generator", "edit training", "超网络", "训练", "编辑"],
+            search_aliases=["hypernetwork training", "train lora generator", "edit training"],
             is_input_list=True,
             description="Trains a generator end to end, by the base's own diffusion loss on pairs of pictures before and "
             "after an edit. The base stays frozen. A cancelled run goes on where it stopped when it is queued again under "
@@ -377,7 +375,7 @@ class HYWUTrainGenerator(io.ComfyNode):
             texts["instructions"],
             in_server.Remember(values.get("clip"), texts["old_instructions"], values.get("teacher")),
         )
-        return io.NodeOutput(trained.handle, trained.losses, trained.steps)
+        return io.NodeOutput(trained.handle, trained.losses, trained.steps, ui=cards.outputs(trained.card))
 
 
 class HYWUSaveGenerator(io.ComfyNode):
@@ -387,7 +385,7 @@ class HYWUSaveGenerator(io.ComfyNode):
             node_id="HYWUSaveGenerator",
             display_name="Save HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=["hypernetwork", "export generator", "超网络", "保存生成器", "权重"],
+            search_aliases=["hypernetwork", "export generator"],
             is_output_node=True,
             description="Saves a generator into models/hywu as one .safetensors file that Load HY-WU Generator reads, with "
             "how it was trained in its metadata. A file of the same name stays; the new one gets a number.",
@@ -408,7 +406,7 @@ class HYWUSaveGenerator(io.ComfyNode):
     @classmethod
     def execute(cls, generator, filename, dtype):
         path = memory.save(generator, filename, memory.SAVE_DTYPES[dtype])
-        return io.NodeOutput(str(path), ui={"text": (str(path),)})
+        return io.NodeOutput(str(path), ui=cards.outputs(generator_cards.saved(generator, path)))
 
 
 class HYWUEvaluateGenerator(io.ComfyNode):
@@ -418,15 +416,7 @@ class HYWUEvaluateGenerator(io.ComfyNode):
             node_id="HYWUEvaluateGenerator",
             display_name="Evaluate HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=[
-                "validate generator",
-                "test generator",
-                "controls",
-                "hypernetwork",
-                "超网络",
-                "评估",
-                "测试",
-            ],
+            search_aliases=["validate generator", "test generator", "controls", "hypernetwork"],
             is_input_list=True,
             description="Measures a generator on pairs that it was not trained on: the base's loss with the matched LoRA, "
             "without any, with the LoRA of another pair (shuffled) and with the average of all. If shuffled or averaged are "
@@ -447,7 +437,7 @@ class HYWUEvaluateGenerator(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    "image", tooltip="Losses by noise level, and gains with their intervals; for Preview Image."
+                    "image", tooltip="Losses by noise level, and gains with their intervals. The node shows it, too."
                 ),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
             ],
@@ -455,8 +445,10 @@ class HYWUEvaluateGenerator(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, positive, generator, seed, generator_positive=None):
-        found = evaluate.evaluate_generator(model[0], generator[0], latents, positive, generator_positive, seed[0])
-        return io.NodeOutput(*found)
+        image, table, card = evaluate.evaluate_generator(
+            model[0], generator[0], latents, positive, generator_positive, seed[0]
+        )
+        return io.NodeOutput(image, table, ui=cards.outputs(card, image, cls))
 
 
 NODES = [HYWUNewGenerator, HYWUTrainGenerator, HYWUSaveGenerator, HYWUEvaluateGenerator]

@@ -72,6 +72,13 @@ class GeneratorHandle(NamedTuple):
         return self.patcher.model
 
 
+class Fresh:
+    """Whether a LoRA was generated, or read from the disk."""
+
+    def __init__(self):
+        self.made = False
+
+
 def describe(handle: GeneratorHandle) -> str:
     """One line for an artist: how large a generator is, what it writes, and what it needs to."""
     needed = plan(handle.config, 1, EXAMPLE_LENGTH, handle.compute_dtype)
@@ -165,7 +172,11 @@ def manage_training(generator: Generator) -> comfy.model_patcher.ModelPatcher:
 
 
 def generate(
-    handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0, more: Sequence[Condition] = ()
+    handle: GeneratorHandle,
+    condition: Condition,
+    keep_gb: float = 0.0,
+    more: Sequence[Condition] = (),
+    fresh: Fresh | None = None,
 ) -> InstanceLora:
     """Write the LoRA of a condition. Shows progress; the host's cancel button works between chunks.
 
@@ -173,6 +184,7 @@ def generate(
         keep_gb: GB of the disk that generated LoRAs may take, to be read when they are asked for again; 0: none.
         more: further conditions, of any lengths. Their instances follow in the same batch, and the generator's weights are
             brought to the device once for all of them.
+        fresh: is told whether anything was generated now.
     Returns:
         factors on the host's intermediate device, each layer moved there as soon as it is ready.
     Raises:
@@ -189,28 +201,33 @@ def generate(
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
 
+    def make(asked: Sequence[Tensor]) -> InstanceLora:
+        if fresh is not None:
+            fresh.made = True
+        return write(handle, asked, progress)
+
     if keep_gb:
-        lora = _kept(handle, tokens, int(keep_gb * 1e9), progress)
+        lora = _kept(handle, tokens, int(keep_gb * 1e9), make)
     else:
-        lora = write(handle, tokens, progress)
+        lora = make(tokens)
     instructions = [one.instruction for one, laid in zip(conditions, tokens, strict=True) for _ in laid]
     told = {INSTRUCTIONS: instructions} if more else {"instruction": condition.instruction}
     return lora.with_metadata(**told, generator=handle.name)
 
 
 def _kept(
-    handle: GeneratorHandle, tokens: Sequence[Tensor], limit: int, progress: Callable[[int, int], None]
+    handle: GeneratorHandle, tokens: Sequence[Tensor], limit: int, make: Callable[[Sequence[Tensor]], InstanceLora]
 ) -> InstanceLora:
-    """What is written for assembled conditions, each read from the disk if it is there and kept there if it is not."""
+    """What is made for assembled conditions, each read from the disk if it is there and kept there if it is not."""
 
-    def make(places: Sequence[int]) -> list[InstanceLora]:
+    def missing(places: Sequence[int]) -> list[InstanceLora]:
         asked = [tokens[place] for place in places]
         ends = list(accumulate(one.shape[0] for one in asked))
-        written = write(handle, asked, progress)
+        written = make(asked)
         return [instances(written, slice(end - one.shape[0], end)) for one, end in zip(asked, ends, strict=True)]
 
     keys = [key_of(one, handle.fingerprint, str(handle.compute_dtype)) for one in tokens]
-    loras = LoraCache(folder_paths.get_system_user_directory(FOLDER), limit).get_all(keys, make)
+    loras = LoraCache(folder_paths.get_system_user_directory(FOLDER), limit).get_all(keys, missing)
     if len(loras) == 1:
         return loras[0]
     return concatenate([lora.to(comfy.model_management.intermediate_device()) for lora in loras])

@@ -20,6 +20,7 @@ from ...analysis.statistics import Interval, bootstrap
 from ...lora import InstanceLora, blend
 from ...training.data import Draw
 from .. import memory
+from ..cards import NOTICE, Card
 from ..lora import charts
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
@@ -29,6 +30,7 @@ from .pairs_of_lists import HostPairs, host_pairs
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the sampling, noise at its start
 AVERAGED = 16  # instances whose products are averaged, and that are held at once, at most
+ARTISTS = {"base": "no LoRA", "shuffled": "another pair's LoRA", "averaged": "one average LoRA for all"}
 CONTROLS = BASE, MATCHED, SHUFFLED, AVERAGE = "base", "matched", "shuffled", "averaged"
 
 
@@ -54,7 +56,7 @@ def evaluate_generator(
     positive: Sequence[list],
     generator_positive: Sequence | None = None,
     seed: int = 0,
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, str, Card]:
     """Measure a generator against its controls.
 
     Returns:
@@ -68,7 +70,7 @@ def evaluate_generator(
     found = evaluate(DiffusionObjective(model), handle, pairs, seed)
     means = {name: values.mean(0).tolist() for name, values in found.losses.items()}
     gains = {name: tuple(found.gain(name)) for name in found.others}
-    return charts.losses_by_level(found.levels, means, gains), table(found)
+    return charts.losses_by_level(found.levels, means, gains), table(found), card(found)
 
 
 def evaluate(objective: DiffusionObjective, handle: GeneratorHandle, pairs: HostPairs, seed: int = 0) -> Evaluation:
@@ -139,6 +141,20 @@ def table(found: Evaluation) -> str:
     lines.append("\t".join(("matched is better by", "mean", "95 % from", "to")))
     lines += ["\t".join((f"than {name}", *(f"{n:.4g}" for n in found.gain(name)))) for name in found.others]
     return "\n".join(lines)
+
+
+def card(found: Evaluation) -> Card:
+    """What the controls say, in a sentence; a notice where the generator ignores what it reads."""
+    rows = tuple(
+        (f"Better than {ARTISTS[name]}", "{:.3g}  (95 %: {:.3g} to {:.3g})".format(*found.gain(name)))
+        for name in found.others
+    )
+    tied = [ARTISTS[name] for name in found.others if found.gain(name)[1] <= 0]
+    pairs = f"Measured on {len(found.losses[MATCHED])} pairs; what is compared is the base's error."
+    if tied:
+        note = f"Not clearly better than {' and '.join(tied)}: train longer, or on more pairs."
+        return Card("The right LoRA makes no clear difference", rows, (note, pairs), NOTICE)
+    return Card("The right LoRA is better than every other", rows, (pairs,))
 
 
 def _losses(

@@ -17,13 +17,13 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
-from comfy_execution.utils import get_executing_context
 
 from ...files.atomic import atomic_write
 from ...files.names import below
 from ...lineage import instructions as as_kept
 from ...training import SessionOptions, TrainConfig
-from .. import folders, streaming
+from .. import cards, folders
+from ..cards import CURVE, GOOD, NOTICE, Card, Chart
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
 from . import teach
@@ -37,14 +37,17 @@ from .teach import NewEdit, Studio
 FOLDER = "hywu"  # below the output folder
 GENERATOR = "generator.safetensors"  # in a run's folder
 LORA_FOLDER = "loras"  # the host's
-PREVIEW_SIDE = 512  # pixels, of the picture shown at the node
 SHOW_AGAIN = 1.0  # seconds
 
 
 class Result(NamedTuple):
+    """What a node gives of a session."""
+
     handle: GeneratorHandle
     losses: dict[str, list[float]]  # the host's LOSS_MAP
     steps: int
+    card: Card
+    report: str = ""
 
 
 def train_on_lists(
@@ -84,13 +87,16 @@ def train_on_lists(
         training, shown = pairs.split(held_out) if held_out else (pairs, pairs)
         lessons, kept = _lessons(model, handle, training, config, options, remember)
         texts = as_kept(instructions)
-        task = Task(model, handle, training, shown if held_out else None, identity, {"run": name}, texts, kept, lessons)
+        regime = training.regime
+        provenance = {"run": name} | ({"regime": regime} if regime else {})
+        task = Task(model, handle, training, shown if held_out else None, identity, provenance, texts, kept, lessons)
         front = ServerFront(folder, name, config.steps, shown, vae)
         session = Session(task, config, options, folder, front)
         try:
             front.bar.update_absolute(session.trainer.done)
             session.run()
-            return Result(session.result(name), {"loss": session.losses}, session.trainer.done)
+            losses, done = session.losses, session.trainer.done
+            return Result(session.result(name), {"loss": losses}, done, front.finished(losses, done))
         finally:
             session.release()
 
@@ -137,7 +143,7 @@ def teach_on_server(
     options: SessionOptions,
     name: str,
     regime: str,
-) -> teach.Result:
+) -> Result:
     """Teach a copy of a generator one new edit.
 
     Raises:
@@ -146,7 +152,7 @@ def teach_on_server(
     folder = run_folder(name)
     task, pairs = teach.prepare_teaching(studio, handle, new, old, pictures, config, options, regime, _interruptible)
     front = ServerFront(folder, name, config.steps, pairs, studio.vae)
-    return teach.do(_named(task, name), config, options, folder, front, name)
+    return _result(teach.do(_named(task, name), config, options, folder, front, name), front)
 
 
 def learn_on_server(
@@ -157,7 +163,7 @@ def learn_on_server(
     config: TrainConfig,
     options: SessionOptions,
     name: str,
-) -> teach.Result:
+) -> Result:
     """Train a copy of a generator on the LoRAs of a folder below models/loras.
 
     Raises:
@@ -165,7 +171,13 @@ def learn_on_server(
     """
     folder = run_folder(name)
     task = teach.prepare_learning(studio, handle, lora_folder(loras), pictures, config, _interruptible)
-    return teach.do(_named(task, name), config, options, folder, ServerFront(folder, name, config.steps), name)
+    front = ServerFront(folder, name, config.steps)
+    return _result(teach.do(_named(task, name), config, options, folder, front, name), front)
+
+
+def _result(found: teach.Result, front: ServerFront) -> Result:
+    card = front.finished(found.losses, found.steps, (found.report,))
+    return Result(found.handle, {"loss": found.losses}, found.steps, card, found.report)
 
 
 def lora_folders() -> list[str]:
@@ -210,14 +222,13 @@ def _interruptible(done: int, total: int) -> None:
 
 
 class ServerFront(Front):
-    """The node that trains."""
+    """The node that trains: its bar, its card, its cancel button."""
 
     def __init__(self, folder: Path, name: str, steps: int, shown: HostPairs | None = None, vae: Any = None):
-        self.folder, self.name, self.shown, self.vae = folder, name, shown, vae
+        self.folder, self.name, self.steps, self.shown, self.vae = folder, name, steps, shown, vae
         self.bar = comfy.utils.ProgressBar(steps)
-        context = get_executing_context()
-        self.text = streaming.on_node(context.node_id if context else None)
-        self._next, self._sheet = 0.0, None
+        self.draw = cards.of_this_node()
+        self._next, self._picture, self._progress = 0.0, None, None
 
     def generator_file(self, step: int | None) -> Path:
         if step is None:
@@ -227,16 +238,19 @@ class ServerFront(Front):
 
     def say(self, text: str) -> None:
         logging.info("HY-WU: %s", text)
-        if self.text:
-            self.text(text)
+        self._draw(self._card("Getting ready" if self._progress is None else "Training", notes=(text,)))
+
+    def stopped(self, text: str) -> None:
+        logging.info("HY-WU: %s", text)
+        again = "Run the workflow again to go on from here."
+        self._draw(self._card("Stopped. Nothing is lost.", NOTICE, (again, text)))
 
     def show(self, progress: Progress) -> None:
-        self.bar.update_absolute(progress.done, preview=self._sheet)
-        self._sheet = None
-        last = progress.done == progress.steps
-        if self.text and (last or time.monotonic() >= self._next):
+        self.bar.update_absolute(progress.done)
+        self._progress, last = progress, progress.done == progress.steps
+        if last or time.monotonic() >= self._next:
             self._next = time.monotonic() + SHOW_AGAIN
-            self.text(str(progress))
+            self._draw(self._card("Training"))
 
     def preview(self, session: Session) -> None:
         if self.vae is None or self.shown is None:
@@ -244,9 +258,30 @@ class ServerFront(Front):
         sheet = contact_sheet(session.objective.patcher, self.vae, self.shown, session.lora)
         # the VAE may have taken the room
         session.load()
-        with atomic_write(self.folder / f"step-{session.trainer.done:06}.png") as temporary:
+        name = f"step-{session.trainer.done:06}.png"
+        with atomic_write(self.folder / name) as temporary:
             sheet.save(temporary, format="PNG")
-        self._sheet = "JPEG", sheet, PREVIEW_SIDE
+        below_output = os.path.relpath(self.folder, folder_paths.get_output_directory())
+        self._picture = {"filename": name, "subfolder": Path(below_output).as_posix(), "type": "output"}
 
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def finished(self, losses: Sequence[float], done: int, notes: Sequence[str] = ()) -> Card:
+        """What the node shows from then on."""
+        card = self._card("Trained", notes=(*notes, f"Logs and the generator are in {self.folder}."))
+        if self._progress is None:
+            # nothing was left to do
+            curve = (Chart(CURVE, "Loss", tuple(losses)),) if losses else ()
+            card = card._replace(rows=(("Step", f"{done} of {self.steps}"),), charts=curve)
+        return card
+
+    def _draw(self, card: Card) -> None:
+        if self.draw:
+            self.draw(card)
+
+    def _card(self, title: str, level: str = GOOD, notes: Sequence[str] = ()) -> Card:
+        rows = self._progress.rows() if self._progress else ()
+        losses = self._progress.losses if self._progress else ()
+        charts = (Chart(CURVE, "Loss, step by step", tuple(losses)),) if len(losses) > 1 else ()
+        return Card(title, rows, tuple(notes), level, charts, self._picture)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...condition import HIDDEN_STATES, REFERENCE_LATENT, Condition, ConditionPart, assemble, expected_parts
 from ...config import GeneratorConfig
+from ...knowledge import BLIND, TOLD
 from ...training.data import Sample
 from ..conditions import from_host
 from ..model import patch_size
@@ -61,6 +62,15 @@ class HostPairs(Sequence):
     def instructions(self) -> tuple[str, ...]:
         """Pairs with an equal entry were given the same instruction."""
         return tuple(pair.instruction for pair in self.kept)
+
+    @property
+    def regime(self) -> str | None:
+        """Whether the base reads the instructions (TOLD) or one and the same text for all (BLIND); None where all pairs were
+        given the same instruction, so that it could be either.
+        """
+        if len(set(self.instructions)) < 2:
+            return None
+        return BLIND if len({digest([pair.entry[0]]) for pair in self.kept}) == 1 else TOLD
 
     def sample(self, index: int, source: torch.Generator) -> Sample:
         """The pair at an index; nothing of it is random."""

@@ -8,7 +8,7 @@ from typing import Any
 import comfy.model_patcher
 import numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...lora import InstanceLora
@@ -17,7 +17,9 @@ from ..lora.apply import apply_lora
 from ..sampling import sample
 from .pairs_of_lists import HostPairs
 
-PAIRS, SIDE, GAP = 4, 192, 4  # shown at most; pixels of a picture, and between pictures
+PAIRS, SIDE, GAP = 4, 256, 4  # shown at most; pixels of a picture, and between pictures
+CAPTION, FONT = 24, 14  # pixels of the line above the pictures, and of its letters
+CAPTIONS = ("before", "with the LoRA", "as it should be")
 
 
 def contact_sheet(
@@ -47,9 +49,13 @@ def _picture(vae: Any, latent: Tensor) -> Image.Image:
 
 
 def _grid(rows: list[list[Image.Image]]) -> Image.Image:
+    """Rows of pictures below what they are; without a source picture the first is left out."""
     height, width = max(picture.height for row in rows for picture in row), max(len(row) for row in rows)
-    sheet = Image.new("RGB", (width * (SIDE + GAP) - GAP, len(rows) * (height + GAP) - GAP), "white")
+    sheet = Image.new("RGB", (width * (SIDE + GAP) - GAP, CAPTION + len(rows) * (height + GAP) - GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for c, caption in enumerate(CAPTIONS[-width:]):
+        draw.text((c * (SIDE + GAP) + SIDE // 2, CAPTION // 2), caption, fill="black", font=font, anchor="mm")
     for r, row in enumerate(rows):
         for c, picture in enumerate(row):
-            sheet.paste(picture, (c * (SIDE + GAP), r * (height + GAP)))
+            sheet.paste(picture, (c * (SIDE + GAP), CAPTION + r * (height + GAP)))
     return sheet

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ... import knowledge
+from ...condition import text_of
 from ...errors import HywuError
 from ...files.checkpoint import save_generator
 from ...lineage import continued
@@ -52,6 +54,7 @@ from .objective import DiffusionObjective
 FINISH = "finish"
 RECENT = 50  # steps whose losses are averaged for show, and after which the base's own loss is measured again
 DIGESTS = 12  # of the data, that a step of a generator's life names
+MET = 512  # conditions, of those trained on, that are looked at for what the generator's file keeps of them
 COPIES = 5  # of a generator's weights while it is trained: itself, gradients, two moments, averages
 
 
@@ -82,6 +85,7 @@ class Progress(NamedTuple):
     at: tuple[float, float] | None  # the last measured step's loss, and the base's own on the same pairs and noise
     held_out: tuple[float, float] | None  # the same of the held-out pairs
     distances: dict[str, float] = {}  # of every lesson in weight space, in the last step
+    losses: Sequence[float] = ()  # one for each step, those before a resume included
 
     def __str__(self) -> str:
         text = f"step {self.done}/{self.steps}: loss {self.loss:.4g}"
@@ -91,8 +95,24 @@ class Progress(NamedTuple):
             text += f", held out {self.held_out[0]:.4g} (without a LoRA {self.held_out[1]:.4g})"
         for name, distance in self.distances.items():
             text += f", {name}: distance {distance:.3g}"
-        left = _time((self.steps - self.done) * self.seconds)
-        return f"{text}, {self.seconds:.2f} s a step" + (f", {left} left" if self.done < self.steps else "")
+        return f"{text}, {self.seconds:.2f} s a step" + (f", {self.left} left" if self.done < self.steps else "")
+
+    @property
+    def left(self) -> str:
+        """The time that it still takes."""
+        return _time((self.steps - self.done) * self.seconds)
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """The same as names and values."""
+        found = [("Step", f"{self.done} of {self.steps}")]
+        if self.done < self.steps:
+            found.append(("Time left", f"{self.left}, {self.seconds:.2f} s a step"))
+        found.append(("Loss", f"{self.loss:.4g}, mean of the last {min(RECENT, self.done)} steps"))
+        for name, measured in (("Last measured", self.at), ("Held-out pairs", self.held_out)):
+            if measured:
+                found.append((name, f"{measured[0]:.4g}; without a LoRA {measured[1]:.4g}"))
+        found += [(f"Distance, {name}", f"{distance:.3g}") for name, distance in self.distances.items()]
+        return tuple(found)
 
 
 class Front:
@@ -104,6 +124,10 @@ class Front:
 
     def say(self, text: str) -> None:
         """A line for whoever waits."""
+
+    def stopped(self, text: str) -> None:
+        """When it ended before its last step: what is kept, and how to go on."""
+        self.say(text)
 
     def show(self, progress: Progress) -> None:
         """After every step."""
@@ -157,6 +181,7 @@ class Session:
         self._at: tuple[float, float] | None = None
         self._held_out: tuple[float, float] | None = None
         self._began: tuple[float, int] | None = None
+        self._met: dict[str, Any] | None = None
 
     def _begin(self, config: TrainConfig, communication: Communication) -> None:
         goes_on = self.main and claim(self.folder, self._identity(config), self.options)
@@ -199,7 +224,7 @@ class Session:
             if self.main and (trainer.done > begun or whole):
                 self.keep(self.front.generator_file(None))
             if self.main and not whole and trainer.done:
-                self.front.say(
+                self.front.stopped(
                     f"Stopped after step {trainer.done} of {trainer.config.steps}. The state is kept in {self.folder}: start "
                     f"the run again to go on, or with at most {trainer.done} steps to take the generator as it is. It is "
                     f"also in {self.front.generator_file(None)}."
@@ -301,9 +326,20 @@ class Session:
             "first_loss": _mean(losses[:tenth]),
             "last_loss": _mean(losses[-tenth:]),
         }
-        hywu = {**self.task.handle.config.hywu, "training": asdict(config) | self.task.provenance | about}
+        if self._met is None:
+            self._met = self._with_what_it_meets(self.task.handle.config.hywu)
+        hywu = {**self._met, "training": asdict(config) | self.task.provenance | about}
         step = {"kind": self.task.kind, "from": self.task.handle.fingerprint, "begun": self.begun, **self._learned()}
         return continued(hywu, step, self.task.instructions, self.task.known)
+
+    def _with_what_it_meets(self, hywu: Mapping[str, Any]) -> dict[str, Any]:
+        """The generator's own part with the conditions and picture sizes of this session, a bounded sample of them."""
+        pairs, config, cell = self.task.pairs, self.task.handle.config, _cell(self.task.model)
+        met = [] if pairs is None else [pairs.sample(i, torch.Generator().manual_seed(i)) for i in _some(len(pairs))]
+        asked = [found.lesson.samples[i] for found in self.task.lessons for i in _some(len(found.lesson.samples))]
+        texts = [text_of(sample.condition.unsqueeze(0), config) for sample in (*met, *asked)]
+        sizes = [(sample.latent.shape[-1] * cell, sample.latent.shape[-2] * cell) for sample in met]
+        return knowledge.gathered(hywu, [text[0] for text in texts if text is not None], sizes, cell)
 
     def _learned(self) -> dict[str, Any]:
         """What a step of the generator's life says of its data."""
@@ -330,7 +366,8 @@ class Session:
             seconds = (time.monotonic() - self._began[0]) / (done - self._began[1])
             mean = sum(recent) / len(recent)
             distances = dict(zip(trainer.lessons.names, report.distances, strict=True))
-            self.front.show(Progress(done, trainer.config.steps, mean, seconds, self._at, self._held_out, distances))
+            about = self._at, self._held_out, distances, self.log.losses
+            self.front.show(Progress(done, trainer.config.steps, mean, seconds, *about))
         self.front.check()
         if not last and anywhere(trainer.communication, self.front.asked_to_stop()):
             raise StoppedError(f"Stopped after step {done}. The same command goes on.")
@@ -357,6 +394,16 @@ class Session:
         asked = (self.folder / FINISH).exists()
         (self.folder / FINISH).unlink(missing_ok=True)
         return asked
+
+
+def _cell(model: comfy.model_patcher.ModelPatcher) -> int:
+    """Pixels of a picture along one cell of its latent."""
+    return int(model.get_model_object("latent_format").spacial_downscale_ratio)
+
+
+def _some(count: int) -> list[int]:
+    """At most MET indices of so many, evenly chosen."""
+    return [place * count // MET for place in range(MET)] if count > MET else list(range(count))
 
 
 def _mean(losses: list[float]) -> float | None:
