@@ -1,13 +1,13 @@
-"""The inference path of a generator: the same branches as `Block.forward`, applied in place to chunks of the token grid.
+"""The inference path of a generator: the same branches as `Block.forward`, applied in place to chunks of token grids.
 
-What exists at any time is the grid itself (B, N, S, d), the condition's keys and values, one layer's heads, and what one
-chunk of rows needs. No tensor of the size of all tokens times 4 d exists. Each block is held while it works, so that its
-weights are fetched once.
+There is one grid (B, N, S, d) for each stack of the base and each length of a condition. What exists at any time is the grids
+themselves, the keys and values of one condition, one layer's heads, and what one chunk of rows needs. No tensor of the size
+of all tokens times 4 d exists. Each block is held while it works on all grids, so that its weights are fetched once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -34,69 +34,92 @@ class Engine(NamedTuple):
 
 def generate_layers(
     model: TokenTransformer,
-    context: Tensor,
+    contexts: Sequence[Tensor],
     tables: Tables,
     chunk_bytes: int,
     progress: Callable[[int, int], None] | None = None,
     engine: Engine = Engine(),  # noqa: B008 (a value, never changed)
 ) -> Iterator[Tensor]:
-    """The tokens (B, T, r, token_dim) of one layer after the other, for a context (B, L, d). Call it without a graph.
+    """The tokens (B, T, r, token_dim) of one layer after the other, stack by stack. Call it without a graph.
 
     Args:
+        contexts: each (b, L, d) with samples of one length; B is all of their samples in this order.
         chunk_bytes, progress, engine: see `Generator.generate`.
     """
-    batch, num_layers, width = context.shape[0], tables.num_layers, context.shape[-1]
-    x = context.new_empty(batch, num_layers, tables.positions, width)
-    positions = model.positions(x.device, x.dtype)
-    for layer in range(num_layers):
-        x[:, layer] = model.layer_tokens(positions, slice(layer, layer + 1))[:, 0]
-    del positions
+    by_stack = [tables.of_stack(stack) for stack in range(len(model.places))]
+    grids = [_Grid(_first(model, context, own), context, own) for own in by_stack for context in contexts]
+    ends = sum(context.shape[0] * own.num_layers * own.positions for own in by_stack for context in contexts)
+    counter = _Progress(progress, total=(len(model.blocks) * 3 + 1) * ends)
+    rows = chunk_bytes // row_bytes(1, contexts[0].shape[-1], contexts[0].dtype)
+    _Run(grids, _Chunks(rows, counter, engine.is_out_of_memory)).advance(model.blocks, engine.hold)
+    for own in by_stack:
+        of_stack = [grid.x for grid in grids if grid.tables is own]
+        for layer in range(own.num_layers):
+            parts = [model.project(x[:, layer : layer + 1], own.stack)[:, 0] for x in of_stack]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts)
+            counter.step(own.positions * sum(x.shape[0] for x in of_stack))
 
-    rows = chunk_bytes // row_bytes(batch, width, x.dtype)
-    counter = _Progress(progress, total=(len(model.blocks) * 3 + 1) * num_layers * tables.positions)
-    _Run(x, context, tables, _Chunks(rows, counter, engine.is_out_of_memory)).advance(model.blocks, engine.hold)
-    for layer in range(num_layers):
-        yield model.project(x[:, layer : layer + 1])[:, 0]
-        counter.step(tables.positions)
+
+class _Grid(NamedTuple):
+    """The grid of one stack for samples whose conditions are of one length. Blocks change x in place."""
+
+    x: Tensor  # (B, N, S, d)
+    context: Tensor  # (B, L, d)
+    tables: Tables  # of its stack
+
+
+def _first(model: TokenTransformer, context: Tensor, tables: Tables) -> Tensor:
+    """A grid before the first block."""
+    x = context.new_empty(context.shape[0], tables.num_layers, tables.positions, context.shape[-1])
+    positions = model.positions(x.device, x.dtype, tables.stack)
+    for layer in range(tables.num_layers):
+        x[:, layer] = model.layer_tokens(positions, slice(layer, layer + 1), tables.stack)[:, 0]
+    return x
 
 
 class _Run:
-    """The state of one run: the grid x, which the blocks change in place, and the room for one layer's heads."""
+    """The state of one run: the grids, and the room for one layer's heads and one condition's."""
 
-    def __init__(self, x: Tensor, context: Tensor, tables: Tables, chunks: _Chunks):
-        self.x, self.context, self.tables, self.chunks = x, context, tables, chunks
+    def __init__(self, grids: Sequence[_Grid], chunks: _Chunks):
+        self.grids, self.chunks = grids, chunks
 
-    def advance(self, blocks: list[Block], hold: Callable[[Block], AbstractContextManager[Block]]) -> None:
-        """All blocks, one after the other."""
-        (batch, _, positions, width), heads = self.x.shape, blocks[0].self_attn_n.heads
-
-        def heads_of(rows: int, count: int) -> list[Tensor]:
-            return [self.x.new_empty(batch, heads, rows, width // heads) for _ in range(count)]
-
-        layer_heads, condition_heads = heads_of(positions, 3), heads_of(self.context.shape[1], 2)
+    def advance(self, blocks: Sequence[Block], hold: Callable[[Block], AbstractContextManager[Block]]) -> None:
+        """All blocks, one after the other, each on all grids."""
+        most_layer = max(grid.x[:, 0].numel() for grid in self.grids)
+        most_context = max(grid.context.numel() for grid in self.grids)
+        of_layer = self.grids[0].x.new_empty(3, most_layer)
+        of_condition = self.grids[0].x.new_empty(2, most_context)
         for block in blocks:
             with hold(block) as held:
                 self._over_layers(held)
-                self._over_tokens(held, layer_heads)
-                self._over_condition_and_feed(held, condition_heads)
+                self._over_tokens(held, of_layer)
+                self._over_conditions_and_feed(held, of_condition)
 
     def _over_layers(self, block: Block) -> None:
-        num_layers, positions = self.x.shape[1:3]
-        rotary, fused = self.tables.layers(), block.self_attn_n.fused()
+        fused = block.self_attn_n.fused()
+        for grid in self.grids:
+            self._over_layers_of(grid, block, fused)
+
+    def _over_layers_of(self, grid: _Grid, block: Block, fused: Fused | None) -> None:
+        batch, num_layers, positions = grid.x.shape[:3]
+        rotary = grid.tables.layers()
 
         def work(part: slice) -> None:
-            chunk = self.x[:, :, part]
+            chunk = grid.x[:, :, part]
             chunk.add_(block.over_layers(chunk, rotary, fused))
 
-        self.chunks.run(positions, work, rows_each=num_layers)
+        self.chunks.run(positions, work, rows_each=batch * num_layers)
 
-    def _over_tokens(self, block: Block, layer_heads: list[Tensor]) -> None:
-        rotary, fused = self.tables.tokens(), block.self_attn_hw.fused()
-        for layer in self.x.unbind(1):
-            self._layer(block, layer, layer_heads, rotary, fused)
+    def _over_tokens(self, block: Block, room: Tensor) -> None:
+        fused = block.self_attn_hw.fused()
+        for grid in self.grids:
+            rotary, heads = grid.tables.tokens(), _heads(room, grid.x[:, 0], block)
+            for layer in grid.x.unbind(1):
+                self._layer(block, layer, heads, rotary, fused)
 
     def _layer(self, block: Block, layer: Tensor, heads: list[Tensor], rotary: Rotary, fused: Fused | None) -> None:
         """One layer (B, S, d): first the heads of all its positions, then what each attends to."""
+        batch, positions = layer.shape[:2]
 
         def gather(part: slice) -> None:
             own = block.token_heads(layer[:, part], rotary.rows(part), fused)
@@ -107,28 +130,45 @@ class _Run:
             queries, keys, values = heads
             layer[:, part].add_(block.over_tokens(queries[:, :, part], keys, values))
 
-        self.chunks.run(layer.shape[1], gather, counted=False)
-        self.chunks.run(layer.shape[1], work)
+        self.chunks.run(positions, gather, rows_each=batch, counted=False)
+        self.chunks.run(positions, work, rows_each=batch)
 
-    def _over_condition_and_feed(self, block: Block, heads: list[Tensor]) -> None:
-        """Neither asks which layer a row is of, so chunks may cross from one layer into the next."""
-        rotary, rows = self.tables.condition(self.context.shape[1]), self.x.flatten(1, 2)
+    def _over_conditions_and_feed(self, block: Block, room: Tensor) -> None:
+        """What one condition gives is made once for the grids of all stacks."""
+        for context in {id(grid.context): grid.context for grid in self.grids}.values():
+            of_context = [grid for grid in self.grids if grid.context is context]
+            heads = _heads(room, context, block)
+            self._gather_condition(block, context, of_context[0].tables.condition(context.shape[1]), heads)
+            for grid in of_context:
+                self._over_condition_and_feed(block, grid, heads)
 
+    def _gather_condition(self, block: Block, context: Tensor, rotary: Rotary, heads: list[Tensor]) -> None:
         def gather(part: slice) -> None:
-            found = block.self_attn_cross.keys_values(self.context[:, part], rotary.rows(part))
+            found = block.self_attn_cross.keys_values(context[:, part], rotary.rows(part))
             for whole, own in zip(heads, found, strict=True):
                 whole[:, :, part] = own
 
+        self.chunks.run(context.shape[1], gather, rows_each=context.shape[0], counted=False)
+
+    def _over_condition_and_feed(self, block: Block, grid: _Grid, heads: list[Tensor]) -> None:
+        """Neither asks which layer a row is of, so chunks may cross from one layer into the next."""
+        rows = grid.x.flatten(1, 2)
+
         def attend(part: slice) -> None:
             chunk = rows[:, part]
-            chunk.add_(block.over_condition(chunk, heads, self.tables.grid(part.start, part.stop)))
+            chunk.add_(block.over_condition(chunk, heads, grid.tables.grid(part.start, part.stop)))
 
         def feed(part: slice) -> None:
             chunk = rows[:, part]
             chunk.add_(block.feed(chunk))
 
-        self.chunks.run(self.context.shape[1], gather, counted=False)
-        self.chunks.run(rows.shape[1], attend, feed)
+        self.chunks.run(rows.shape[1], attend, feed, rows_each=rows.shape[0])
+
+
+def _heads(room: Tensor, like: Tensor, block: Block) -> list[Tensor]:
+    """Room for as many heads (B, h, rows, head_dim) of `like` (B, rows, d) as it has rows."""
+    (batch, rows, width), heads = like.shape, block.self_attn_n.heads
+    return [kept[: like.numel()].view(batch, heads, rows, width // heads) for kept in room]
 
 
 class _Chunks:
@@ -137,8 +177,8 @@ class _Chunks:
     def __init__(self, rows: int, counter: _Progress, is_out_of_memory: Callable[[BaseException], bool]):
         self.rows, self.counter, self.is_out_of_memory = rows, counter, is_out_of_memory
 
-    def run(self, total: int, *works: Callable[[slice], None], rows_each: int = 1, counted: bool = True) -> None:
-        """Do all works on each chunk of `total` places of `rows_each` rows.
+    def run(self, total: int, *works: Callable[[slice], None], rows_each: int, counted: bool = True) -> None:
+        """Do all works on each chunk of `total` places, each of `rows_each` rows of d elements.
 
         A work changes something in its last step only, which allocates nothing, so that it can be done again.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import knowledge, lineage
 from .errors import ConfigError
@@ -15,6 +15,7 @@ GROUPED = "grouped"
 
 # Bounds far above any model that exists, so that a damaged number is an error and not an hour of work or all of the memory.
 MAX_WIDTH = 2**20  # features of any layer; the released generator writes for layers of 6,144
+MAX_STACKS = 32  # the released one writes for one
 MAX_BLOCKS = 128  # of the generator, and of its encoder; the released one has 24
 MAX_TARGETS = 2**17  # over all layers of the base; the released one has 224
 MAX_EXPERTS = 2**12  # the released one has 64
@@ -22,8 +23,19 @@ MAX_RANK = 2**12  # the released one has 16
 MAX_ALPHA = 2.0**20  # the released one has 64
 MAX_ELEMENTS = 2**38  # of one LoRA; the released one has 722,993,152
 
+FURTHER_STACKS = "further_stacks"  # of `hywu`: a list of objects with the keys below, each as for the first stack
+STACK_KEYS = ("prefix", "num_base_model_layers", "pg_mapping")
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+
+
+class TargetStack(NamedTuple):
+    """Blocks of the base that follow each other and have LoRAs on the same targets."""
+
+    prefix: str
+    num_base_model_layers: int
+    pg_mapping: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,10 @@ class GeneratorConfig:
 
     Names are those of the released checkpoint. `pg_mapping` lists the targets of one layer, and **its order is the token
     order**: it is kept exactly as given, in and out of JSON. Keys that are not known here survive a round trip in `extra`.
+
+    The released keys describe one stack of the base. A generator may write for more: `hywu["further_stacks"]` is a list of
+    objects with a `prefix`, `num_base_model_layers` and `pg_mapping` of their own; rank, alpha and the shape of a token are
+    common to all.
 
     Raises:
         ConfigError: on construction, for every value that contradicts another.
@@ -55,7 +71,8 @@ class GeneratorConfig:
     def __post_init__(self):
         self._check_numbers()
         self._check_widths()
-        self._check_mapping()
+        self._check_further_stacks()
+        self._check_mappings()
         self._check_condition()
         lineage.check(self.hywu)
         knowledge.check(self.hywu)
@@ -73,6 +90,12 @@ class GeneratorConfig:
     def encoder_layers(self) -> int:
         """Self-attention layers over the condition, trained with the generator. The released one has none."""
         return self.hywu.get("encoder_layers", 0)
+
+    @property
+    def stacks(self) -> tuple[TargetStack, ...]:
+        """Every stack that receives LoRAs, the one of the released keys first."""
+        further = self.hywu.get(FURTHER_STACKS, ())
+        return tuple(TargetStack(*(found[key] for key in STACK_KEYS)) for found in (vars(self), *further))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> GeneratorConfig:
@@ -141,27 +164,38 @@ class GeneratorConfig:
                 f"head_dim {self.head_dim} must be divisible by 4: two axes of rotary positions, two numbers each."
             )
 
-    def _check_mapping(self) -> None:
-        if not isinstance(self.pg_mapping, dict) or not self.pg_mapping:
-            raise ConfigError("pg_mapping must name at least one target.")
-        # experts x (in + out) of every target of one layer
-        sizes: dict[str, int] = {}
-        for name, entry in self.pg_mapping.items():
-            where = f"pg_mapping[{_shown(name)}]"
-            if not isinstance(entry, dict):
-                raise ConfigError(f"{where} must be an object, found {_shown(entry)}.")
-            kind = entry.get("type")
-            if kind not in (None, GROUPED):
-                raise ConfigError(f'{where} has the unknown type {_shown(kind)}; expected none or "{GROUPED}".')
-            for target, size in _sizes_of_group(name, entry, where) if kind else [(name, _check_dims(where, entry))]:
-                if target in sizes:
-                    raise ConfigError(f"{where}: the target {_shown(target)} is named twice.")
-                sizes[target] = size
-        if len(sizes) * self.num_base_model_layers > MAX_TARGETS:
-            raise ConfigError(
-                f"{len(sizes)} targets in each of {self.num_base_model_layers} layers are more than {MAX_TARGETS:,}."
-            )
-        elements = self.num_base_model_layers * self.rank * sum(sizes.values())
+    def _check_further_stacks(self) -> None:
+        further = self.hywu.get(FURTHER_STACKS, ())
+        where = f"hywu.{FURTHER_STACKS}"
+        if not isinstance(further, (list, tuple)) or len(further) >= MAX_STACKS:
+            raise ConfigError(f"{where} must be a list of less than {MAX_STACKS} stacks, found {_shown(further)}.")
+        for number, stack in enumerate(further):
+            own = f"{where}[{number}]"
+            if not isinstance(stack, dict) or set(stack) != set(STACK_KEYS):
+                raise ConfigError(f"{own} must be an object with {', '.join(STACK_KEYS)}, found {_shown(stack)}.")
+            _check_positive(f"{own}.num_base_model_layers", stack["num_base_model_layers"], MAX_TARGETS)
+            if not isinstance(stack["prefix"], str):
+                raise ConfigError(f"{own}.prefix must be text, found {_shown(stack['prefix'])}.")
+        # names of targets are a prefix, a number and the rest: they are distinct if no prefix continues another
+        prefixes = sorted(stack.prefix for stack in self.stacks)
+        for shorter, longer in zip(prefixes, prefixes[1:], strict=False):
+            if longer.startswith(shorter):
+                raise ConfigError(
+                    f"{where}: the prefix {_shown(longer)} begins with that of another stack, {_shown(shorter)}; "
+                    "the names of their targets could be the same."
+                )
+
+    def _check_mappings(self) -> None:
+        count, elements = 0, 0
+        for number, stack in enumerate(self.stacks):
+            where = f"hywu.{FURTHER_STACKS}[{number - 1}].pg_mapping" if number else "pg_mapping"
+            sizes = _sizes(stack.pg_mapping, where)
+            count += len(sizes) * stack.num_base_model_layers
+            elements += stack.num_base_model_layers * self.rank * sum(sizes.values())
+            if count > MAX_TARGETS:
+                raise ConfigError(
+                    f"{len(sizes)} targets in each of {stack.num_base_model_layers} layers are more than {MAX_TARGETS:,}."
+                )
         if elements > MAX_ELEMENTS:
             raise ConfigError(f"Its LoRAs would have {elements:,} elements, more than {MAX_ELEMENTS:,}.")
 
@@ -185,6 +219,25 @@ class GeneratorConfig:
         if sum(part["width"] for part in parts) != self.input_dim:
             widths = " + ".join(str(part["width"]) for part in parts)
             raise ConfigError(f"input_dim {self.input_dim} must be the sum of the condition's widths {widths}.")
+
+
+def _sizes(mapping: Any, where: str) -> dict[str, int]:
+    """{target of one layer: experts x (in + out)}"""
+    if not isinstance(mapping, dict) or not mapping:
+        raise ConfigError(f"{where} must name at least one target.")
+    sizes: dict[str, int] = {}
+    for name, entry in mapping.items():
+        own = f"{where}[{_shown(name)}]"
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{own} must be an object, found {_shown(entry)}.")
+        kind = entry.get("type")
+        if kind not in (None, GROUPED):
+            raise ConfigError(f'{own} has the unknown type {_shown(kind)}; expected none or "{GROUPED}".')
+        for target, size in _sizes_of_group(name, entry, own) if kind else [(name, _check_dims(own, entry))]:
+            if target in sizes:
+                raise ConfigError(f"{own}: the target {_shown(target)} is named twice.")
+            sizes[target] = size
+    return sizes
 
 
 def _sizes_of_group(name: str, entry: dict[str, Any], where: str) -> list[tuple[str, int]]:

@@ -2,6 +2,9 @@
 
 This file is the one owner of a target's name, shape, order and row slice.
 
+A generator may write for several stacks of a base, each with targets and a token grid of its own: functions that are about
+one layer take the number of its stack, 0 for the one that the released keys describe.
+
 Letters: B batch · E experts · r rank · T tokens of one layer · D token_dim
     down factor A   (B, r, in)    or, grouped, (B, E, r, in)
     up factor B     (B, out, r)   or, grouped, (B, E, out, r)
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,45 +60,76 @@ class TokenSpan(NamedTuple):
         return math.prod(self.shape)
 
 
-def targets(config: GeneratorConfig) -> tuple[Target, ...]:
-    """The targets of one layer in mapping order; a grouped entry gives one target for each of its sub-weights."""
-    return tuple(_expand(config))
+class LayerPlace(NamedTuple):
+    """One layer that receives LoRAs."""
+
+    stack: int
+    layer: int  # of its stack
 
 
-def target_names(config: GeneratorConfig) -> tuple[str, ...]:
-    """The full names of all targets, layer by layer: "<prefix><layer>.<target>"."""
-    per_layer = targets(config)
+def layer_places(config: GeneratorConfig) -> tuple[LayerPlace, ...]:
+    """Every layer that receives LoRAs, stack by stack."""
     return tuple(
-        full_name(config, layer, target.name) for layer in range(config.num_base_model_layers) for target in per_layer
+        LayerPlace(number, layer)
+        for number, stack in enumerate(config.stacks)
+        for layer in range(stack.num_base_model_layers)
     )
 
 
-def full_name(config: GeneratorConfig, layer: int, target: str) -> str:
+def targets(config: GeneratorConfig, stack: int = 0) -> tuple[Target, ...]:
+    """The targets of one layer in mapping order; a grouped entry gives one target for each of its sub-weights."""
+    return tuple(_expand(config.stacks[stack].pg_mapping))
+
+
+def all_targets(config: GeneratorConfig) -> tuple[tuple[str, Target], ...]:
+    """Every target with its full name, stack by stack and layer by layer."""
+    of_stack = [targets(config, stack) for stack in range(len(config.stacks))]
+    return tuple(
+        (full_name(config, layer, target.name, stack), target)
+        for stack, layer in layer_places(config)
+        for target in of_stack[stack]
+    )
+
+
+def target_names(config: GeneratorConfig) -> tuple[str, ...]:
+    """The full names of all targets, stack by stack and layer by layer: "<prefix><layer>.<target>"."""
+    return tuple(name for name, _ in all_targets(config))
+
+
+def full_name(config: GeneratorConfig, layer: int, target: str, stack: int = 0) -> str:
     """The name of one target of one layer, which is its module path in the base."""
-    return f"{config.prefix}{layer}.{target}"
+    return f"{config.stacks[stack].prefix}{layer}.{target}"
 
 
-def token_spans(config: GeneratorConfig) -> tuple[TokenSpan, ...]:
+def layers_before(config: GeneratorConfig, stack: int) -> int:
+    """Layers of all stacks that come before one."""
+    return sum(before.num_base_model_layers for before in config.stacks[:stack])
+
+
+def token_spans(config: GeneratorConfig, stack: int = 0) -> tuple[TokenSpan, ...]:
     """How the factors of one layer follow each other in the token axis: every A, then every B."""
-    per_layer, size = targets(config), config.rank * config.token_dim
+    per_layer, size = targets(config, stack), config.rank * config.token_dim
     shapes = [(f"{t.name}.lora_A", t.down_shape(config.rank)) for t in per_layer]
     shapes += [(f"{t.name}.lora_B", t.up_shape(config.rank)) for t in per_layer]
     return tuple(TokenSpan(key, shape, -(-math.prod(shape) // size)) for key, shape in shapes)
 
 
-def token_counts(config: GeneratorConfig) -> tuple[int, int]:
+def token_counts(config: GeneratorConfig, stack: int = 0) -> tuple[int, int]:
     """Tokens of one layer that hold A factors, and that hold B factors. (719, 660) for the released generator."""
-    spans = token_spans(config)
+    spans = token_spans(config, stack)
     half = len(spans) // 2
     return sum(s.tokens for s in spans[:half]), sum(s.tokens for s in spans[half:])
 
 
 def lora_elements(config: GeneratorConfig) -> int:
     """Elements of one instance's LoRA over all layers. 722,993,152 for the released generator."""
-    return config.num_base_model_layers * sum(span.elements for span in token_spans(config))
+    return sum(
+        stack.num_base_model_layers * sum(span.elements for span in token_spans(config, number))
+        for number, stack in enumerate(config.stacks)
+    )
 
 
-def tokenize(state: Mapping[str, Tensor], config: GeneratorConfig) -> Tensor:
+def tokenize(state: Mapping[str, Tensor], config: GeneratorConfig, stack: int = 0) -> Tensor:
     """Lay the factors of one layer into its tokens (paper Fig. 4).
 
     Args:
@@ -105,7 +139,7 @@ def tokenize(state: Mapping[str, Tensor], config: GeneratorConfig) -> Tensor:
     Raises:
         LoraError: for a missing, unexpected or mis-shaped factor.
     """
-    spans = token_spans(config)
+    spans = token_spans(config, stack)
     unexpected = sorted(state.keys() - {span.key for span in spans})
     if unexpected:
         raise LoraError(f"Factors that the layout does not have: {', '.join(unexpected)}.")
@@ -122,7 +156,7 @@ def tokenize(state: Mapping[str, Tensor], config: GeneratorConfig) -> Tensor:
     return torch.cat(rows, dim=1).view(rows[0].shape[0], -1, config.rank, config.token_dim)
 
 
-def detokenize(tokens: Tensor, config: GeneratorConfig) -> dict[str, Tensor]:
+def detokenize(tokens: Tensor, config: GeneratorConfig, stack: int = 0) -> dict[str, Tensor]:
     """Read the factors of one layer back from its tokens; the exact inverse of `tokenize`.
 
     Args:
@@ -132,7 +166,7 @@ def detokenize(tokens: Tensor, config: GeneratorConfig) -> dict[str, Tensor]:
     Raises:
         LoraError: if `tokens` has not the layout's shape.
     """
-    spans = token_spans(config)
+    spans = token_spans(config, stack)
     expected = (sum(span.tokens for span in spans), config.rank, config.token_dim)
     if tokens.ndim != 4 or tuple(tokens.shape[1:]) != expected:
         raise LoraError(f"Tokens have the shape {tuple(tokens.shape)}, expected (batch, *{expected}).")
@@ -182,8 +216,8 @@ def place(name: str, out_features: int, grouped: bool = False) -> Placement:
     return Placement(name)
 
 
-def _expand(config: GeneratorConfig) -> Iterator[Target]:
-    for name, entry in config.pg_mapping.items():
+def _expand(mapping: Mapping[str, dict[str, Any]]) -> Iterator[Target]:
+    for name, entry in mapping.items():
         if entry.get("type") == GROUPED:
             for part, dims in entry["sub_weights"].items():
                 yield Target(f"{name}.{part}", dims["lora_A_dim"], dims["lora_B_dim"], entry["num_experts"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import LoraError
 
+INSTRUCTIONS = "instructions"  # of a batch's metadata: one for each instance; a single one's is its "instruction"
 EQUAL = 1e-12  # share of a square that is rounding
 
 
@@ -122,7 +123,12 @@ class InstanceLora(_Fields):
         if not -self.batch <= index < self.batch:
             raise LoraError(f"There is no instance {index}: this LoRA holds {self.batch}.")
         index %= self.batch
-        return self.map(lambda pair: LoraFactor(pair.down[index : index + 1], pair.up[index : index + 1]))
+        chosen = self.map(lambda pair: LoraFactor(pair.down[index : index + 1], pair.up[index : index + 1]))
+        told = self.metadata.get(INSTRUCTIONS, ())
+        if len(told) != self.batch:
+            return chosen
+        rest = {name: value for name, value in self.metadata.items() if name != INSTRUCTIONS}
+        return chosen.changed(metadata={**rest, "instruction": told[index]})
 
     def scaled(self, strength: float) -> InstanceLora:
         """The same LoRA, `strength` times as strong."""

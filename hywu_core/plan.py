@@ -5,6 +5,8 @@ Everything is arithmetic over the configuration; nothing is allocated. Letters a
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,8 +31,8 @@ class Plan(NamedTuple):
     block: int  # bytes of one block in the type to compute in: what holding it takes where its weights lie elsewhere
 
 
-class Positions(NamedTuple):
-    """The token grid as a sequence."""
+class Grid(NamedTuple):
+    """The token grid of one stack of the base as a sequence."""
 
     layers: int
     each: int  # positions of one layer
@@ -41,10 +43,30 @@ class Positions(NamedTuple):
         return self.layers * self.each
 
 
+class Positions(NamedTuple):
+    """The token grids of one sample."""
+
+    grids: tuple[Grid, ...]  # one for each stack
+
+    @property
+    def each(self) -> int:
+        """Positions of the largest layer."""
+        return max(grid.each for grid in self.grids)
+
+    @property
+    def all(self) -> int:
+        """Rows of d elements, of all grids."""
+        return sum(grid.all for grid in self.grids)
+
+
 def positions(config: GeneratorConfig) -> Positions:
-    """How many positions the token grid of one sample has."""
-    each = sum(token_counts(config)) * (config.rank // config.dim_accumulation)
-    return Positions(config.num_base_model_layers, each)
+    """How many positions the token grids of one sample have."""
+    rows = config.rank // config.dim_accumulation
+    grids = (
+        Grid(stack.num_base_model_layers, sum(token_counts(config, number)) * rows)
+        for number, stack in enumerate(config.stacks)
+    )
+    return Positions(tuple(grids))
 
 
 def block_matrices(config: GeneratorConfig) -> int:
@@ -60,7 +82,8 @@ def block_parameters(config: GeneratorConfig) -> int:
 def parameters(config: GeneratorConfig) -> int:
     d, part = config.d_model, config.d_model // config.dim_accumulation
     encoder = config.encoder_layers * (12 * d * d + 11 * d)
-    embeddings = (sum(token_counts(config)) * config.rank + config.num_base_model_layers) * part
+    grids = positions(config).grids
+    embeddings = sum(grid.each * config.dim_accumulation + grid.layers for grid in grids) * part
     heads = 2 * (part + 1) * config.output_dim
     ends = (config.input_dim + 1) * d + encoder + embeddings + heads + 3 * d
     return config.num_pg_layers * block_parameters(config) + ends
@@ -89,7 +112,7 @@ def row_bytes(batch: int, width: int, dtype: torch.dtype) -> int:
 def plan(
     config: GeneratorConfig,
     batch: int,
-    length: int,
+    length: int | Sequence[int],
     dtype: torch.dtype,
     *,
     matrix_bytes: int | None = None,
@@ -99,31 +122,37 @@ def plan(
     """What a generate of a condition (batch, length, input_dim) in `dtype` costs.
 
     Args:
+        length: of the condition of every sample, or of each of them.
         matrix_bytes: see `weight_bytes`.
         budget: bytes of the device for weights and work; None: enough for both.
         chunk_bytes: as given to `Generator.generate`; None: what it chooses.
     """
-    row, grid = config.d_model * dtype.itemsize, positions(config)
-    context = batch * length * (config.input_dim * dtype.itemsize + 3 * row)
-    fixed = batch * grid.all * row + context + 3 * batch * grid.each * row
-    fused = 3 * (config.d_model + 1) * row
-    fixed += fused + (2 * grid.each + length) * config.head_dim // 2 * ANGLE_BYTES
+    lengths = Counter([length] * batch if isinstance(length, int) else length)
+    row, grids = config.d_model * dtype.itemsize, positions(config)
+    # of the samples of one length, as they are worked on: the heads of one layer, and those of their condition
+    layer = max(lengths.values()) * grids.each
+    condition = max(count * each for each, count in lengths.items())
+    contexts = sum(count * each for each, count in lengths.items()) * (config.input_dim * dtype.itemsize + row)
+    fixed = batch * grids.all * row + contexts + (2 * condition + 3 * layer) * row
+    tables = sum(2 * grid.each for grid in grids.grids) + sum(lengths)
+    fixed += 3 * (config.d_model + 1) * row + tables * config.head_dim // 2 * ANGLE_BYTES
     block = block_parameters(config) * dtype.itemsize
-    weights, each_row = weight_bytes(config, dtype, matrix_bytes), row_bytes(batch, config.d_model, dtype)
+    weights, each_row = weight_bytes(config, dtype, matrix_bytes), row_bytes(1, config.d_model, dtype)
     if chunk_bytes is None:
         free = None if budget is None else budget - weights - fixed
-        chunk_bytes = _chunk_bytes(batch * grid.all * row, grid.each * each_row, free)
-    chunk = each_row * equal_part(grid.each, chunk_bytes // each_row)
+        chunk_bytes = _chunk_bytes(batch * grids.all * row, layer * each_row, free)
+    most = max(lengths.values()) * each_row
+    chunk = most * equal_part(grids.each, chunk_bytes // most)
     peak = fixed + chunk
     streamed = 0 if budget is None or weights + peak <= budget else min(weights, weights + peak + block - budget)
-    return Plan(parameters(config), weights, peak, streamed, _flops(config, batch, length), chunk, block)
+    return Plan(parameters(config), weights, peak, streamed, _flops(config, lengths), chunk, block)
 
 
 def summary(config: GeneratorConfig, weights: int) -> str:
     """One line for an artist: how large a generator is, and what it writes. `weights`: bytes of its weights."""
-    grid = positions(config)
+    grids = " + ".join(f"{grid.each:,} x {grid.layers}" for grid in positions(config).grids)
     return (
-        f"{parameters(config) / 1e6:,.1f} M parameters ({weights / 1e9:,.2f} GB), {grid.each:,} x {grid.layers} positions, "
+        f"{parameters(config) / 1e6:,.1f} M parameters ({weights / 1e9:,.2f} GB), {grids} positions, "
         f"LoRA {lora_elements(config) / 1e6:,.1f} M"
     )
 
@@ -137,11 +166,14 @@ def _chunk_bytes(grid: int, layer: int, free: int | None) -> int:
     return min(max(USUAL_CHUNK, layer), max(LEAST_CHUNK, free))
 
 
-def _flops(config: GeneratorConfig, batch: int, length: int) -> int:
-    d, grid = config.d_model, positions(config)
-    rows = batch * grid.all
-    products = 36 * rows * d**2 + 4 * batch * length * d**2
-    attention = 4 * rows * d * (grid.layers + grid.each + length)
-    encoder = config.encoder_layers * batch * length * (24 * d**2 + 4 * length * d)
-    ends = 2 * batch * length * config.input_dim * d + 2 * rows * d * config.output_dim
-    return config.num_pg_layers * (products + attention) + encoder + ends
+def _flops(config: GeneratorConfig, lengths: Counter[int]) -> int:
+    """For so many samples of each length of a condition."""
+    d, grids, total = config.d_model, positions(config), 0
+    for length, batch in lengths.items():
+        rows = batch * grids.all
+        products = 36 * rows * d**2 + 4 * batch * length * d**2
+        attention = sum(4 * batch * grid.all * d * (grid.layers + grid.each + length) for grid in grids.grids)
+        encoder = config.encoder_layers * batch * length * (24 * d**2 + 4 * length * d)
+        ends = 2 * batch * length * config.input_dim * d + 2 * rows * d * config.output_dim
+        total += config.num_pg_layers * (products + attention) + encoder + ends
+    return total

@@ -4,16 +4,26 @@ Letters:
     B batch · N layers of the base's stack · T tokens of one layer (A tokens first, then B tokens) · r rank
     S = T * r / dim_accumulation, positions of one layer · d d_model · h heads · L length of the condition
 
-    hw_pos + layer_pos ── norm_tokens ──► x (B, N, S, d)
+    hw_pos + layer_pos -- norm_tokens --> x (B, N, S, d)
     num_pg_layers times:  x += attention over N · x += attention over S · x += attention to context · x += feed-forward
-    norm_final ── proj_out_A | proj_out_B ──► token grid (B, N, T, r, token_dim)
+    norm_final -- proj_out_A | proj_out_B --> token grid (B, N, T, r, token_dim)
+
+A generator for several stacks of the base has one grid a stack. All weights but the learned positions are shared: blocks see
+rows of d, whatever their number, and heads see tokens, whose shape is common. What tells the stacks apart is
+    learned positions   hw_pos and layer_pos hold rows of their own for each stack, one stack after the other, so that equal
+                        places of two stacks begin as different tokens
+    rotary positions    only the attention to the condition compares a grid with something outside of it; for it, layers are
+                        counted through all stacks, and the condition lies behind the tokens of the largest layer
+Grids do not attend to each other: their sizes differ, and each reads the whole condition. So a grid costs what it costs
+alone, and one stack is what it was, bit for bit and name by name.
 
 Parameter names are those of the released checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import GeneratorConfig
-from .layout import token_counts
+from .layout import layers_before, token_counts
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -226,42 +236,60 @@ class EncoderLayer(nn.Module):
 
 
 class Tables:
-    """Rotary tables of the grid's axes. Every distinct angle is computed once and kept on the device."""
+    """Rotary tables of the axes of one stack's grid, the first one's. Every distinct angle is computed once and kept on the
+    device.
+    """
 
     def __init__(self, config: GeneratorConfig, device: torch.device, rotation: Rotation | None = None):
-        self.device, self.head_dim = device, config.head_dim
+        self.config, self.device, self.head_dim = config, device, config.head_dim
         self.rotation = rotation or (REAL if device.type in NO_COMPLEX else COMPLEX)
-        self.num_layers = config.num_base_model_layers
-        self.num_tokens = sum(token_counts(config))
         self.rows_per_token = config.rank // config.dim_accumulation
-        self.positions = self.num_tokens * self.rows_per_token
+        tokens = [sum(token_counts(config, stack)) for stack in range(len(config.stacks))]
+        self.behind_tokens = max(*tokens, self.rows_per_token)
         self._kept: dict[tuple, Tensor] = {}
+        self._choose(0)
+
+    def of_stack(self, stack: int) -> Tables:
+        """The tables of another stack's grid. What both have in common is kept once."""
+        other = copy.copy(self)
+        other._choose(stack)
+        return other
+
+    def _choose(self, stack: int) -> None:
+        self.stack = stack
+        self.num_layers = self.config.stacks[stack].num_base_model_layers
+        self.first_layer = layers_before(self.config, stack)
+        self.positions = sum(token_counts(self.config, stack)) * self.rows_per_token
 
     def layers(self) -> Rotary:
         """One axis: the layer."""
-        return self._rotary(self._keep(("layers",), torch.arange(self.num_layers).unsqueeze(-1), self.head_dim))
+        index = torch.arange(self.num_layers).unsqueeze(-1)
+        return self._rotary(self._keep(("layers", self.stack), index, self.head_dim))
 
     def tokens(self) -> Rotary:
         """Two axes: the token, and the row group inside it. The positions of one layer."""
         index = torch.arange(self.positions)
         index = torch.stack((index // self.rows_per_token, index % self.rows_per_token), dim=-1)
-        return self._rotary(self._keep(("tokens",), index, self.head_dim))
+        return self._rotary(self._keep(("tokens", self.stack), index, self.head_dim))
 
     def grid(self, start: int = 0, stop: int | None = None) -> Rotary:
-        """Two axes: the layer, and the position inside it. Rows start to stop of layers x positions."""
+        """Two axes: the layer, counted through all stacks, and the position inside it. Rows start to stop of layers x
+        positions.
+        """
         rows = self.num_layers * self.positions
         stop = rows if stop is None else stop
         if (start, stop) == (0, rows):
             # one for all blocks, whose graphs keep what they were given
-            if ("grid",) not in self._kept:
-                self._kept["grid",] = self._grid(start, stop)
-            return self._rotary(self._kept["grid",])
+            if ("grid", self.stack) not in self._kept:
+                self._kept["grid", self.stack] = self._grid(start, stop)
+            return self._rotary(self._kept["grid", self.stack])
         return self._rotary(self._grid(start, stop))
 
     def _grid(self, start: int, stop: int) -> Tensor:
         half, size = self.head_dim // 2, self.positions
-        layers = self._keep(("layer half",), torch.arange(self.num_layers).unsqueeze(-1), half)
-        positions = self._keep(("position half",), torch.arange(size).unsqueeze(-1), half)
+        numbers = torch.arange(self.first_layer, self.first_layer + self.num_layers).unsqueeze(-1)
+        layers = self._keep(("layer half", self.stack), numbers, half)
+        positions = self._keep(("position half", self.stack), torch.arange(size).unsqueeze(-1), half)
         pieces = []
         for layer in range(start // size, -(-stop // size)):
             own = positions[max(start - layer * size, 0) : stop - layer * size]
@@ -269,9 +297,10 @@ class Tables:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def condition(self, length: int) -> Rotary:
-        """Two axes, on their diagonal, behind every token position: condition token l sits at (o + l, o + l)."""
-        offset = max(self.num_tokens, self.rows_per_token)
-        index = torch.arange(offset, offset + length)
+        """Two axes, on their diagonal, behind every token position: condition token l sits at (o + l, o + l). The same for
+        all stacks.
+        """
+        index = torch.arange(self.behind_tokens, self.behind_tokens + length)
         return self._rotary(self._keep(("condition", length), torch.stack((index, index), dim=-1), self.head_dim))
 
     def _keep(self, name: tuple, positions: Tensor, width: int) -> Tensor:
@@ -283,17 +312,35 @@ class Tables:
         return Rotary(table, self.rotation.turn)
 
 
+class _Places(NamedTuple):
+    """Of one stack: its rows of the learned positions, and its tokens."""
+
+    layers: slice  # of layer_pos
+    rows: slice  # of hw_pos, one for each row of a token
+    num_a: int  # tokens of a layer that hold A factors
+    tokens: int  # of a layer
+
+
+def _places(config: GeneratorConfig) -> Iterator[_Places]:
+    row = 0
+    for number, stack in enumerate(config.stacks):
+        num_a, num_b = token_counts(config, number)
+        first, rows = layers_before(config, number), (num_a + num_b) * config.rank
+        layers = slice(first, first + stack.num_base_model_layers)
+        yield _Places(layers, slice(row, row + rows), num_a, num_a + num_b)
+        row += rows
+
+
 class TokenTransformer(nn.Module):
     """Learned positions, blocks and output heads."""
 
     def __init__(self, config: GeneratorConfig, operations: Any, **factory):
         super().__init__()
+        self.places = tuple(_places(config))
+        self.rank, self.accumulation = config.rank, config.dim_accumulation
         part = config.d_model // config.dim_accumulation
-        self.num_a = token_counts(config)[0]
-        self.grid = (config.num_base_model_layers, sum(token_counts(config)), config.rank, part)
-        self.accumulation = config.dim_accumulation
-        self.hw_pos = operations.Embedding(self.grid[1] * config.rank, part, **factory)
-        self.layer_pos = operations.Embedding(config.num_base_model_layers, part, **factory)
+        self.hw_pos = operations.Embedding(self.places[-1].rows.stop, part, **factory)
+        self.layer_pos = operations.Embedding(self.places[-1].layers.stop, part, **factory)
         self.norm_input = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
         self.norm_tokens = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
         self.norm_final = operations.RMSNorm(config.d_model, eps=NORM_EPS, **factory)
@@ -301,22 +348,25 @@ class TokenTransformer(nn.Module):
         self.proj_out_A = operations.Linear(part, config.output_dim, **factory)
         self.proj_out_B = operations.Linear(part, config.output_dim, **factory)
 
-    def positions(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def positions(self, device: torch.device, dtype: torch.dtype, stack: int = 0) -> Tensor:
         """The learned positions inside a layer, (T * r, d / dim_accumulation)."""
-        return self.hw_pos(torch.arange(self.grid[1] * self.grid[2], device=device)).to(dtype)
+        rows = self.places[stack].rows
+        return self.hw_pos(torch.arange(rows.start, rows.stop, device=device)).to(dtype)
 
-    def initial_tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def initial_tokens(self, device: torch.device, dtype: torch.dtype, stack: int = 0) -> Tensor:
         """The query tokens before the first block, which carry no condition: (1, N, S, d)."""
-        return self.layer_tokens(self.positions(device, dtype))
+        return self.layer_tokens(self.positions(device, dtype, stack), stack=stack)
 
-    def layer_tokens(self, positions: Tensor, layers: slice = slice(None)) -> Tensor:
-        """The query tokens of the chosen layers, (1, n, S, d)."""
-        index = torch.arange(self.grid[0], device=positions.device)[layers]
+    def layer_tokens(self, positions: Tensor, layers: slice = slice(None), stack: int = 0) -> Tensor:
+        """The query tokens of the chosen layers of a stack, (1, n, S, d)."""
+        of_stack = self.places[stack].layers
+        index = torch.arange(of_stack.start, of_stack.stop, device=positions.device)[layers]
         x = positions + self.layer_pos(index).to(positions.dtype).unsqueeze(1)  # (n, T * r, part)
         return self.norm_tokens(x.view(1, len(index), -1, self.accumulation * positions.shape[-1]))
 
-    def project(self, x: Tensor) -> Tensor:
-        """x (B, n, S, d) -> tokens (B, n, T, r, token_dim), through the head of each half."""
-        _, tokens, rank, part = self.grid
-        x = self.norm_final(x).reshape(*x.shape[:2], tokens, rank, part)
-        return torch.cat((self.proj_out_A(x[:, :, : self.num_a]), self.proj_out_B(x[:, :, self.num_a :])), dim=2)
+    def project(self, x: Tensor, stack: int = 0) -> Tensor:
+        """x (B, n, S, d) of a stack -> tokens (B, n, T, r, token_dim), through the head of each half."""
+        place = self.places[stack]
+        x = self.norm_final(x).reshape(*x.shape[:2], place.tokens, self.rank, -1)
+        down, up = x[:, :, : place.num_a], x[:, :, place.num_a :]
+        return torch.cat((self.proj_out_A(down), self.proj_out_B(up)), dim=2)

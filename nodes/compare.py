@@ -19,18 +19,7 @@ class HYWUBlendLoRAs(io.ComfyNode):
             node_id="HYWUBlendLoRAs",
             display_name="Blend Instance LoRAs",
             category="HY-WU",
-            search_aliases=[
-                "merge loras",
-                "mix loras",
-                "instance lora",
-                "combine",
-                "average",
-                "sum",
-                "合并",
-                "融合",
-                "混合",
-                "权重",
-            ],
+            search_aliases=["merge loras", "mix loras", "instance lora", "combine", "average", "sum"],
             description="One LoRA whose every change is the weighted sum of the given ones'. Exact: the ranks are put side "
             "by side, products are never averaged factor by factor. A maximum rank cuts the result to the nearest LoRA of "
             "that rank.",
@@ -64,7 +53,7 @@ class HYWUInspectLoRA(io.ComfyNode):
             node_id="HYWUInspectLoRA",
             display_name="Inspect Instance LoRA",
             category="HY-WU",
-            search_aliases=["lora norms", "instance lora", "weights", "analyse lora", "权重", "范数", "分析"],
+            search_aliases=["lora norms", "instance lora", "weights", "analyse lora"],
             description="How much a LoRA changes each weight: the norm of its change by layer and target, as a picture and "
             "as a table.",
             inputs=[Lora.Input("lora", tooltip="The LoRA to look at. Of a batch, the mean is shown.")],
@@ -88,7 +77,7 @@ class HYWUCompareLoRAs(io.ComfyNode):
             node_id="HYWUCompareLoRAs",
             display_name="Compare Instance LoRAs",
             category="HY-WU",
-            search_aliases=["lora similarity", "instance lora", "cosine", "相似度", "余弦", "权重"],
+            search_aliases=["lora similarity", "instance lora", "cosine"],
             description="How alike LoRAs are: the cosine between the changes of every two. 1 is the same direction, 0 has "
             "nothing in common, -1 is the opposite direction. Of three or more, what all of them share is left out first "
             "(centred), so that opposite edits stand apart. Compared are the products B A, not the factors.",

@@ -2,10 +2,14 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.condition import Condition as ConditionValue
 from ..hywu_core.host import cards, conditions, folders, generator_cards, memory
 from ..hywu_core.host.lora import store
 from .types import Condition, Generator, Lora
+
+MORE = (
+    "Further edits, of any lengths: one LoRA comes out that holds an instance for each, in this order, for as many pictures "
+    "in one batch. The generator is brought to the device once for all of them."
+)
 
 
 class HYWULoadGenerator(io.ComfyNode):
@@ -15,7 +19,7 @@ class HYWULoadGenerator(io.ComfyNode):
             node_id="HYWULoadGenerator",
             display_name="Load HY-WU Generator",
             category="HY-WU",
-            search_aliases=["hypernetwork", "instance lora", "weight unleashing", "hy-wu", "超网络", "生成器", "权重"],
+            search_aliases=["hypernetwork", "instance lora", "weight unleashing", "hy-wu"],
             description="Loads a generator: the network that reads one picture and one instruction and writes a LoRA for "
             "exactly that edit. Put its folder (config.json and .safetensors files) or its single .safetensors file into "
             "models/hywu.",
@@ -55,16 +59,7 @@ class HYWUCondition(io.ComfyNode):
             node_id="HYWUCondition",
             display_name="HY-WU Condition",
             category="HY-WU",
-            search_aliases=[
-                "instruction",
-                "edit",
-                "hidden states",
-                "hypernetwork input",
-                "编辑",
-                "指令",
-                "条件",
-                "超网络",
-            ],
+            search_aliases=["instruction", "edit", "hidden states", "hypernetwork input"],
             description="Gathers what a generator reads: the encoded instruction (and picture, where the text encoder sees "
             "it), and for generators that were trained with them the patch features of a CLIP Vision model or the base's own "
             "hidden states.",
@@ -107,17 +102,7 @@ class HYWUGenerateLoRA(io.ComfyNode):
             node_id="HYWUGenerateLoRA",
             display_name="Generate Instance LoRA",
             category="HY-WU",
-            search_aliases=[
-                "edit",
-                "image editing",
-                "instance lora",
-                "hypernetwork",
-                "write lora",
-                "编辑",
-                "生成 lora",
-                "超网络",
-                "权重",
-            ],
+            search_aliases=["edit", "image editing", "instance lora", "hypernetwork", "write lora"],
             description="Writes the LoRA for exactly this picture and this instruction, in one forward pass of the "
             "generator. The result depends on nothing else: changing the seed, the sampler or the strength does not run "
             "it again.",
@@ -140,6 +125,17 @@ class HYWUGenerateLoRA(io.ComfyNode):
                     tooltip="Keep generated LoRAs on the disk, this many GB of them in all, so that the same edit is read "
                     "the next time instead of generated. 0: keep none.",
                 ),
+                io.Autogrow.Input(
+                    "more_conditions",
+                    optional=True,
+                    template=io.Autogrow.TemplatePrefix(
+                        io.MultiType.Input("condition", types=[Condition, io.Conditioning], tooltip=MORE),
+                        prefix="condition",
+                        min=0,
+                        max=50,
+                    ),
+                    tooltip=MORE,
+                ),
             ],
             outputs=[
                 Lora.Output("lora", tooltip="The generated LoRA, for Apply Instance LoRA and Save Instance LoRA."),
@@ -152,10 +148,9 @@ class HYWUGenerateLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, generator, condition, keep_gb=0.0):
-        if not isinstance(condition, ConditionValue):
-            condition = conditions.from_host(condition)
-        lora, card = generator_cards.generate(generator, condition, keep_gb)
+    def execute(cls, generator, condition, keep_gb=0.0, more_conditions: io.Autogrow.Type = None):
+        first, *more = map(conditions.as_condition, (condition, *(more_conditions or {}).values()))
+        lora, card = generator_cards.generate(generator, first, keep_gb, more)
         return io.NodeOutput(lora, store.for_the_host(lora), ui=cards.outputs(card))
 
 

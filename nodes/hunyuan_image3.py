@@ -32,7 +32,7 @@ class HYWULoadHunyuanImage3(io.ComfyNode):
             node_id="HYWULoadHunyuanImage3",
             display_name="Load HunyuanImage-3",
             category="HY-WU/HunyuanImage-3",
-            search_aliases=["hunyuan image 3", "instruct", "tencent", "80b", "混元", "加载模型"],
+            search_aliases=["hunyuan image 3", "instruct", "tencent", "80b"],
             description="Loads HunyuanImage-3.0-Instruct, the 80B base of the released HY-WU generator: its official folder, "
             "or one converted to fp8 or 4 bit. Put the folder into models/hunyuan_image3. The weights have a licence of "
             "their own, which grants nothing in the EU, the UK and South Korea.",
@@ -74,7 +74,7 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
             node_id="HYWUHunyuanImage3Edit",
             display_name="HunyuanImage-3 Edit",
             category="HY-WU/HunyuanImage-3",
-            search_aliases=["edit", "image editing", "hunyuan image 3", "混元", "编辑", "指令"],
+            search_aliases=["edit", "image editing", "hunyuan image 3"],
             description="Encodes an instruction and one to three pictures for HunyuanImage-3. Positive and negative go into "
             "KSampler (cfg 2.5, euler, simple, 50 steps), positive also into HunyuanImage-3 Condition.",
             inputs=[
@@ -168,7 +168,7 @@ class HYWUHunyuanImage3Condition(io.ComfyNode):
             node_id="HYWUHunyuanImage3Condition",
             display_name="HunyuanImage-3 Condition",
             category="HY-WU/HunyuanImage-3",
-            search_aliases=["hunyuan image 3", "hidden states", "instance lora", "混元", "隐藏状态", "超网络"],
+            search_aliases=["hunyuan image 3", "hidden states", "instance lora"],
             description="Runs HunyuanImage-3 once over the instruction and the pictures, and gives what the released "
             "generator reads: the base's last hidden states. The same pass says which size the model would choose.",
             inputs=[
@@ -199,7 +199,7 @@ class HYWUHunyuanImage3Reason(io.ComfyNode):
             node_id="HYWUHunyuanImage3Reason",
             display_name="HunyuanImage-3 Reason",
             category="HY-WU/HunyuanImage-3",
-            search_aliases=["hunyuan image 3", "think", "recaption", "prompt rewrite", "混元", "思考", "改写"],
+            search_aliases=["hunyuan image 3", "think", "recaption", "prompt rewrite"],
             description="Lets HunyuanImage-3 think about an edit and write it out in full, as text for HunyuanImage-3 Edit. "
             "It is slow where the weights do not fit into the GPU's memory: every token streams the experts that it needs.",
             inputs=[

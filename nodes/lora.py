@@ -14,18 +14,7 @@ class HYWUApplyLoRA(io.ComfyNode):
             node_id="HYWUApplyLoRA",
             display_name="Apply Instance LoRA",
             category="HY-WU",
-            search_aliases=[
-                "apply generated lora",
-                "instance lora",
-                "lora loader",
-                "merge lora",
-                "bypass",
-                "edit",
-                "编辑",
-                "加载 lora",
-                "合并",
-                "权重",
-            ],
+            search_aliases=["apply generated lora", "instance lora", "lora loader", "merge lora", "bypass", "edit"],
             description="Puts a LoRA on a model. The model that is wired in stays as it is, and several of these nodes can "
             "follow each other in any order. Strength and schedule can be changed without generating again.",
             inputs=[
@@ -86,7 +75,7 @@ class HYWUSaveLoRA(io.ComfyNode):
             node_id="HYWUSaveLoRA",
             display_name="Save Instance LoRA",
             category="HY-WU",
-            search_aliases=["export lora", "instance lora", "保存 lora", "导出", "权重"],
+            search_aliases=["export lora", "instance lora"],
             is_output_node=True,
             description="Saves a generated LoRA as an ordinary LoRA file, into the output folder. In the stock format "
             "ComfyUI's own LoRA loader reads it. A batch is saved as one file for each picture.",
@@ -128,7 +117,7 @@ class HYWULoadLoRA(io.ComfyNode):
             node_id="HYWULoadLoRA",
             display_name="Load Instance LoRA",
             category="HY-WU",
-            search_aliases=["lora loader", "instance lora", "import lora", "加载 lora", "权重"],
+            search_aliases=["lora loader", "instance lora", "import lora"],
             description="Loads a saved LoRA, generated here or made by another tool, with its metadata.",
             inputs=[
                 io.Combo.Input("lora", options=store.names(), tooltip="A LoRA file in models/loras or output/loras."),

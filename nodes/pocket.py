@@ -12,16 +12,7 @@ class HYWULoadPocketEditor(io.ComfyNode):
             node_id="HYWULoadPocketEditor",
             display_name="Load Pocket Editor",
             category="HY-WU",
-            search_aliases=[
-                "tiny model",
-                "test model",
-                "demo",
-                "pixel space",
-                "image editing",
-                "演示模型",
-                "编辑",
-                "袖珍",
-            ],
+            search_aliases=["tiny model", "test model", "demo", "pixel space", "image editing"],
             description="Loads the tiny editing model that ships with this pack: a 2.5-million-parameter Flux in pixel "
             "space with its text encoder. It runs on a CPU in a second and needs no download, so that every HY-WU node can "
             "be tried at once. Give it small pictures, 64x64 is what it is made for.",

@@ -105,10 +105,6 @@ class HYWUTeachGenerator(io.ComfyNode):
                 "train further",
                 "fine-tune generator",
                 "hypernetwork",
-                "持续学习",
-                "微调",
-                "超网络",
-                "编辑",
             ],
             is_input_list=True,
             description="Teaches a generator one new edit from a few pairs of pictures, and keeps the edits that it knows: "
@@ -213,7 +209,7 @@ class HYWULearnFromLoRAs(io.ComfyNode):
             node_id="HYWULearnFromLoRAs",
             display_name="Learn from LoRAs",
             category="HY-WU/training",
-            search_aliases=["distill loras", "lora collection", "hypernetwork from loras", "蒸馏", "超网络", "权重"],
+            search_aliases=["distill loras", "lora collection", "hypernetwork from loras"],
             is_input_list=True,
             description="Trains a generator to write what a folder of LoRA files holds, each for its instruction: no "
             "pictures of edits and no pass through the base are needed. A new generator gets a warm start for Train HY-WU "

@@ -49,7 +49,7 @@ class HYWUNewGenerator(io.ComfyNode):
             node_id="HYWUNewGenerator",
             display_name="New HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=["hypernetwork", "create generator", "train generator", "超网络", "创建生成器", "训练"],
+            search_aliases=["hypernetwork", "create generator", "train generator"],
             is_input_list=True,
             description="Makes a fresh generator for a model. Which layers get a LoRA is read off the model, what the "
             "generator reads off an example condition. Before training, its LoRAs change nothing.",
@@ -113,8 +113,8 @@ class HYWUNewGenerator(io.ComfyNode):
                     default=model.LARGEST,
                     optional=True,
                     advanced=True,
-                    tooltip="Which list of blocks gets LoRAs, such as double_blocks; largest takes the one with most "
-                    "weights. Another word gives an error that lists those of the model.",
+                    tooltip="Which list of blocks gets LoRAs, such as double_blocks, or several, with commas between them. "
+                    "largest: the one with most weights. all stacks: every one. Any other word is an error that lists them.",
                 ),
                 io.String.Input(
                     "target_names",
@@ -141,7 +141,7 @@ class HYWUTrainGenerator(io.ComfyNode):
             node_id="HYWUTrainGenerator",
             display_name="Train HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=["hypernetwork training", "train lora generator", "edit training", "超网络", "训练", "编辑"],
+            search_aliases=["hypernetwork training", "train lora generator", "edit training"],
             is_input_list=True,
             description="Trains a generator end to end, by the base's own diffusion loss on pairs of pictures before and "
             "after an edit. The base stays frozen. A cancelled run goes on where it stopped when it is queued again under "
@@ -385,7 +385,7 @@ class HYWUSaveGenerator(io.ComfyNode):
             node_id="HYWUSaveGenerator",
             display_name="Save HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=["hypernetwork", "export generator", "超网络", "保存生成器", "权重"],
+            search_aliases=["hypernetwork", "export generator"],
             is_output_node=True,
             description="Saves a generator into models/hywu as one .safetensors file that Load HY-WU Generator reads, with "
             "how it was trained in its metadata. A file of the same name stays; the new one gets a number.",
@@ -416,15 +416,7 @@ class HYWUEvaluateGenerator(io.ComfyNode):
             node_id="HYWUEvaluateGenerator",
             display_name="Evaluate HY-WU Generator",
             category="HY-WU/training",
-            search_aliases=[
-                "validate generator",
-                "test generator",
-                "controls",
-                "hypernetwork",
-                "超网络",
-                "评估",
-                "测试",
-            ],
+            search_aliases=["validate generator", "test generator", "controls", "hypernetwork"],
             is_input_list=True,
             description="Measures a generator on pairs that it was not trained on: the base's loss with the matched LoRA, "
             "without any, with the LoRA of another pair (shuffled) and with the average of all. If shuffled or averaged are "

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,15 +41,23 @@ class LoraCache:
 
     def get(self, key: str, make: Callable[[], InstanceLora]) -> InstanceLora:
         """The LoRA of a key, read or made. What cannot be read is made, what cannot be written is not kept."""
-        found = self._read(key)
-        if found is not None:
-            return found
-        lora = make()
+        return self.get_all([key], lambda missing: [make()])[0]
+
+    def get_all(self, keys: Sequence[str], make: Callable[[list[int]], Sequence[InstanceLora]]) -> list[InstanceLora]:
+        """The LoRAs of several keys. What is not there is made at once: `make` is given the places of those keys."""
+        found = [self._read(key) for key in keys]
+        missing = [place for place, lora in enumerate(found) if lora is None]
+        made = make(missing) if missing else ()
+        for place, lora in zip(missing, made, strict=True):
+            found[place] = lora
+            self._keep(keys[place], lora)
+        return found
+
+    def _keep(self, key: str, lora: InstanceLora) -> None:
         if lora.elements * lora.pairs[0].down.element_size() <= self.limit:
             with suppress(SaveError):
                 self._write(key, lora)
                 self._evict(key)
-        return lora
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"

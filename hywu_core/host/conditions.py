@@ -61,6 +61,15 @@ def from_host(
     return Condition(tuple(parts), instruction)
 
 
+def as_condition(given: Condition | list) -> Condition:
+    """A condition, or the one that a CONDITIONING stands for.
+
+    Raises:
+        ConditionError: see `from_host`.
+    """
+    return given if isinstance(given, Condition) else from_host(given)
+
+
 def hidden_states(model: comfy.model_patcher.ModelPatcher, conditioning: list) -> Tensor:
     """What the base's last block gives when it looks at the source picture at the sampler's last noise level, with its
     instruction: (B, L, width). Runs the base once, without anything that other nodes put on the MODEL or the CONDITIONING.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,16 +69,18 @@ def saved(handle: GeneratorHandle, path: Path) -> Card:
     return Card("Saved", rows, ("Load HY-WU Generator lists it once the node definitions are refreshed (press R).",))
 
 
-def generate(handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0) -> Written:
-    """Write the LoRA of a condition, and say what there is to say. See `memory.generate`."""
-    began, fresh = time.monotonic(), memory.Fresh()
-    lora = memory.generate(handle, condition, keep_gb, fresh)
+def generate(
+    handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0, more: Sequence[Condition] = ()
+) -> Written:
+    """Write the LoRA of a condition, or of several as one batch, and say what there is to say. See `memory.generate`."""
+    began, fresh, given = time.monotonic(), memory.Fresh(), (condition, *more)
+    lora = memory.generate(handle, condition, keep_gb, more, fresh)
     seconds = time.monotonic() - began
-    notices = tuple(strange(handle, condition))
+    notices = tuple(dict.fromkeys(notice for one in given for notice in strange(handle, one)))
     for notice in notices:
         logging.warning("HY-WU: %s", notice)
     rows = (
-        ("Instruction", condition.instruction or "(not given as text)"),
+        ("Instruction", "; ".join(one.instruction or "(not given as text)" for one in given)),
         ("Targets", f"{len(lora.names)}, rank {lora.rank}, scale {lora.scale:g}"),
         ("Size", f"{_count(lora.elements)} numbers" + (f" in {lora.batch} LoRAs" if lora.batch > 1 else "")),
         ("Time", f"{seconds:.2f} s, generated now" if fresh.made else f"{seconds:.2f} s, read from the disk"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ from ..files.lora_cache import LoraCache, key_of
 from ..files.names import below
 from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
-from ..lora import InstanceLora
+from ..lora import INSTRUCTIONS, InstanceLora
 from ..plan import plan, summary
 from ..training.memory import graph_bytes
+from ..training.trainable import concatenate, instances
 from . import engine
 from .conditions import from_host
 from .folders import FOLDER, SUFFIX
@@ -170,20 +172,27 @@ def manage_training(generator: Generator) -> comfy.model_patcher.ModelPatcher:
 
 
 def generate(
-    handle: GeneratorHandle, condition: Condition, keep_gb: float = 0.0, fresh: Fresh | None = None
+    handle: GeneratorHandle,
+    condition: Condition,
+    keep_gb: float = 0.0,
+    more: Sequence[Condition] = (),
+    fresh: Fresh | None = None,
 ) -> InstanceLora:
     """Write the LoRA of a condition. Shows progress; the host's cancel button works between chunks.
 
     Args:
         keep_gb: GB of the disk that generated LoRAs may take, to be read when they are asked for again; 0: none.
-        fresh: is told whether it was generated now.
+        more: further conditions, of any lengths. Their instances follow in the same batch, and the generator's weights are
+            brought to the device once for all of them.
+        fresh: is told whether anything was generated now.
     Returns:
         factors on the host's intermediate device, each layer moved there as soon as it is ready.
     Raises:
         ConditionError, GenerationError: see `Generator.generate`.
     """
-    tokens = assemble(condition, handle.config)
-    if not torch.isfinite(tokens).all():
+    conditions = [condition, *more]
+    tokens = [assemble(one, handle.config) for one in conditions]
+    if not all(torch.isfinite(one).all() for one in tokens):
         raise ConditionError("The condition holds NaN or infinity. The text or image encoder that made it overflowed.")
     bar = None
 
@@ -192,23 +201,47 @@ def generate(
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
 
-    def make() -> InstanceLora:
+    def make(asked: Sequence[Tensor]) -> InstanceLora:
         if fresh is not None:
             fresh.made = True
-        return write(handle, tokens, progress)
+        return write(handle, asked, progress)
 
     if keep_gb:
-        key = key_of(tokens, handle.fingerprint, str(handle.compute_dtype))
-        lora = LoraCache(folder_paths.get_system_user_directory(FOLDER), int(keep_gb * 1e9)).get(key, make)
+        lora = _kept(handle, tokens, int(keep_gb * 1e9), make)
     else:
-        lora = make()
-    return lora.with_metadata(instruction=condition.instruction, generator=handle.name)
+        lora = make(tokens)
+    instructions = [one.instruction for one, laid in zip(conditions, tokens, strict=True) for _ in laid]
+    told = {INSTRUCTIONS: instructions} if more else {"instruction": condition.instruction}
+    return lora.with_metadata(**told, generator=handle.name)
 
 
-def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int], None] | None = None) -> InstanceLora:
-    """Write the LoRA of an assembled condition (B, L, input_dim); the host's cancel button works between chunks."""
-    batch, length = tokens.shape[:2]
-    asked = handle.config, batch, length, handle.compute_dtype
+def _kept(
+    handle: GeneratorHandle, tokens: Sequence[Tensor], limit: int, make: Callable[[Sequence[Tensor]], InstanceLora]
+) -> InstanceLora:
+    """What is made for assembled conditions, each read from the disk if it is there and kept there if it is not."""
+
+    def missing(places: Sequence[int]) -> list[InstanceLora]:
+        asked = [tokens[place] for place in places]
+        ends = list(accumulate(one.shape[0] for one in asked))
+        written = make(asked)
+        return [instances(written, slice(end - one.shape[0], end)) for one, end in zip(asked, ends, strict=True)]
+
+    keys = [key_of(one, handle.fingerprint, str(handle.compute_dtype)) for one in tokens]
+    loras = LoraCache(folder_paths.get_system_user_directory(FOLDER), limit).get_all(keys, missing)
+    if len(loras) == 1:
+        return loras[0]
+    return concatenate([lora.to(comfy.model_management.intermediate_device()) for lora in loras])
+
+
+def write(
+    handle: GeneratorHandle, tokens: Tensor | Sequence[Tensor], progress: Callable[[int, int], None] | None = None
+) -> InstanceLora:
+    """Write the LoRA of an assembled condition (B, L, input_dim), or of several as one batch; the host's cancel button works
+    between chunks.
+    """
+    given = [tokens] if isinstance(tokens, Tensor) else tokens
+    lengths = [one.shape[1] for one in given for _ in range(one.shape[0])]
+    asked = handle.config, len(lengths), lengths, handle.compute_dtype
     comfy.model_management.load_models_gpu([handle.patcher], memory_required=engine.room_for(*asked))
     device = handle.patcher.load_device
 
@@ -219,7 +252,7 @@ def write(handle: GeneratorHandle, tokens: Tensor, progress: Callable[[int, int]
 
     with engine.engine(handle.patcher, handle.config, handle.compute_dtype) as run:
         lora = handle.generator.generate(
-            tokens.to(device, handle.compute_dtype),
+            [one.to(device, handle.compute_dtype) for one in given],
             dtype=handle.compute_dtype,
             result_device=comfy.model_management.intermediate_device(),
             chunk_bytes=engine.chunk_bytes(device, *asked),

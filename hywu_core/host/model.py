@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import HywuError
 
 LARGEST = "largest"  # the default stack
+EVERY = "all stacks"
 SHOWN = 6
 COMPILED = "_orig_mod"  # where torch.compile keeps the module that it stands for
 
@@ -139,7 +140,21 @@ def choose_stack(base: Any, name: str = LARGEST) -> Stack:
         if stack.path == name.strip().rstrip("."):
             return stack
     known = ", ".join(f"{stack.path} ({stack.blocks} blocks)" for stack in stacks)
-    raise StackError(f"This model ({type(base).__name__}) has no stack {name!r}. It has: {known}.")
+    several = f" Several can be named, with commas between them, and {EVERY!r} are all of them." if stacks[1:] else ""
+    raise StackError(f"This model ({type(base).__name__}) has no stack {name!r}. It has: {known}.{several}")
+
+
+def choose_stacks(base: Any, names: str = LARGEST) -> tuple[Stack, ...]:
+    """The stacks of some names, separated by commas, or all of them: in the order in which the base has them.
+
+    Raises:
+        StackError: see `choose_stack`.
+    """
+    asked = [name.strip() for name in names.split(",") if name.strip()] or [LARGEST]
+    if EVERY in asked:
+        asked = [stack.path for stack in find_stacks(base)] or [LARGEST]
+    chosen = {choose_stack(base, name).path for name in asked}
+    return tuple(stack for stack in find_stacks(base) if stack.path in chosen)
 
 
 def choose_targets(stack: Stack, preset: str, names: str = "") -> dict[str, tuple[int, int]]:

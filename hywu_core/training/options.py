@@ -155,7 +155,9 @@ class RunConfig:
         "", "generator to go on from, or a config.json for a new one; by default new, for this base"
     )
     generator_size: str = option("small", "of a new generator", ("small", "medium", "large"))
-    stack: str = option("largest", "of a new generator: which stack of the base's blocks it writes for")
+    stack: str = option(
+        "largest", "of a new generator: which stacks of the base's blocks it writes for (a,b), or all stacks"
+    )
     targets: str = option("", 'of a new generator: its layers, as patterns ("img_attn.*, img_mlp.*")')
     rank: int = option(16, "of a new generator's LoRAs")
     alpha: float = option(32.0, "of a new generator's LoRAs; their scale is alpha / rank")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..analysis.geometry import cosines, gram
 from ..config import GeneratorConfig
 from ..generator import Generator
-from ..layout import full_name, targets
+from ..layout import all_targets
 from ..lora import InstanceLora, LoraFactor
 from .data import Sample
 from .memory import GRAPH_ROOM, graph_bytes
@@ -75,12 +75,11 @@ class SharedLora(nn.Module):
         source = torch.Generator().manual_seed(seed)
         self.scale = alpha / rank
         self.names, self.downs, self.ups = [], nn.ParameterList(), nn.ParameterList()
-        for layer in range(config.num_base_model_layers):
-            for target in targets(config):
-                down = torch.randn(target.down_shape(rank), generator=source) / target.in_features**0.5
-                self.names.append(full_name(config, layer, target.name))
-                self.downs.append(nn.Parameter(down))
-                self.ups.append(nn.Parameter(torch.zeros(target.up_shape(rank))))
+        for name, target in all_targets(config):
+            down = torch.randn(target.down_shape(rank), generator=source) / target.in_features**0.5
+            self.names.append(name)
+            self.downs.append(nn.Parameter(down))
+            self.ups.append(nn.Parameter(torch.zeros(target.up_shape(rank))))
 
     def named_parameters(self, *args, **kwargs) -> dict[str, nn.Parameter]:
         """The factors, numbered in token order."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import contextmanager
 
 import counting
 import pytest
@@ -148,6 +149,46 @@ def test_a_batch_is_its_samples(generator):
             torch.testing.assert_close(found.up, expected.up, atol=2e-5, rtol=0)
 
 
+def test_conditions_of_any_lengths_are_one_batch_in_their_order(case):
+    """Nothing is padded: what a sample gets does not depend on the others."""
+    generator, _ = case
+    width, source = generator.config.input_dim, torch.Generator().manual_seed(0)
+    lengths, held = (5, 9, 5, 3, 9), []
+    given = [torch.randn(1 + (length == 3), length, width, generator=source) for length in lengths]
+    given[1] = given[1].unsqueeze(1)
+
+    @contextmanager
+    def hold(block):
+        held.append(block)
+        yield block
+
+    batch = generator.generate(given, engine=Engine(hold=hold))
+    assert held == list(generator.model.blocks), "each block once, whatever the lengths"
+    samples = [one.reshape(-1, 1, one.shape[-2], width)[n] for one in given for n in range(one.shape[0])]
+    assert batch.batch == len(samples) == 6
+    for number, sample in enumerate(samples):
+        alone = generator.generate(sample)
+        for found, expected in zip(batch.select(number).pairs, alone.pairs, strict=True):
+            torch.testing.assert_close(found.up, expected.up, atol=2e-5, rtol=0)
+            torch.testing.assert_close(found.down, expected.down, atol=2e-5, rtol=0)
+
+
+def test_a_batch_of_conditions_is_checked_one_by_one(generator):
+    good, others = torch.zeros(1, 5, 64), torch.zeros(2, 7, 64)
+    for wrong, message in (
+        ([good, torch.zeros(1, 5, 63)], r"\(1, 5, 63\), but this generator reads"),
+        ([], "no condition"),
+    ):
+        with pytest.raises(ConditionError, match=message):
+            generator.generate(wrong)
+    engine = Engine(is_out_of_memory=lambda error: isinstance(error, NoRoomError))
+    with (
+        small_device(50),
+        pytest.raises(GenerationError, match=r"needs 0\.0 GB for these 3 conditions of up to 7 tokens"),
+    ):
+        generator.generate([good, others], engine=engine)
+
+
 def test_initialised_for_training_the_first_change_is_zero(fixtures_dir):
     config = GeneratorConfig.from_json((fixtures_dir / "gen_1" / "config.json").read_text())
     generator = Generator(config).initialize(7)
@@ -231,7 +272,7 @@ def released_run(released, blocks: int, rotation=COMPLEX):
     tables = Tables(config, torch.device("meta"), rotation)
     with torch.no_grad(), counting.Fused() as fused, counting.Kernels() as counted:
         context = generator.context(torch.empty(1, 7000, 4096, device="meta", dtype=torch.bfloat16), tables)
-        for _ in generate_layers(generator.model, context, tables, chunk_bytes=2**28):
+        for _ in generate_layers(generator.model, [context], tables, chunk_bytes=2**28):
             pass
     return fused.kernels + sum(counted.launched.values()), counted
 
@@ -370,7 +411,7 @@ def test_the_plan_knows_the_peak(batch, length, dtype):
     tables = Tables(generator.config, torch.device("cpu"))
     with torch.no_grad(), counting.Alive() as alive:
         context = generator.context(condition.clone(), tables)
-        for _ in generate_layers(generator.model, context, tables, planned.chunk):
+        for _ in generate_layers(generator.model, [context], tables, planned.chunk):
             pass
     assert alive.peak == pytest.approx(planned.peak, rel=0.1)
 

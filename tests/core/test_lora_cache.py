@@ -28,6 +28,20 @@ def test_what_was_kept_is_read_bit_for_bit(tmp_path, batch):
     assert same(cache.get("a", lambda: lora(1, batch)), made)
 
 
+def test_of_several_only_those_that_are_missing_are_made(tmp_path):
+    cache, asked = LoraCache(tmp_path, 10**9), []
+
+    def make(places):
+        asked.append(places)
+        return [lora(place) for place in places]
+
+    assert same(cache.get("b", lambda: lora(1)), lora(1))
+    for _ in range(2):
+        found = cache.get_all(["a", "b", "c"], make)
+        assert all(same(one, lora(place)) for place, one in enumerate(found))
+    assert asked == [[0, 2]]
+
+
 def test_a_key_knows_every_bit_and_every_setting():
     tokens = torch.randn(1, 5, 8)
     other = tokens.clone()

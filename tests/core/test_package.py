@@ -10,6 +10,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "hywu_core", "nodes", "study", "scripts")
@@ -72,17 +73,71 @@ def test_node_managers_install_nothing():
     assert "dependencies" not in project.get("dynamic", [])
 
 
-def test_published_scripts_need_nothing_that_is_not_published():
+def git(*arguments: str) -> list[str]:
+    """Paths that git lists. Without git, or outside a checkout, the test is skipped."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a git checkout")
-    command = ["git", "ls-files", "-z", "--cached", "--ignored", "--exclude-from=.comfyignore", "--", "scripts/*.py"]
-    kept_out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    published = [path for path in (ROOT / "scripts").glob("*.py") if f"scripts/{path.name}" not in kept_out]
-    assert ROOT / "scripts" / "train.py" in published
-    private = {Path(name).stem for name in kept_out if name} | {"study", "tests"}
-    for path in published:
+    command = ["git", "-c", "core.quotepath=off", "ls-files", "-z", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+
+@pytest.fixture(scope="module")
+def published() -> set[str]:
+    """What the registry packs: what git tracks, less .comfyignore."""
+    return set(git("--cached")) - set(git("--cached", "--ignored", "--exclude-from=.comfyignore"))
+
+
+def test_what_is_published_is_the_product(published, tmp_path):
+    """In full, and nothing that only develops or tests it; at most 20 MB."""
+    roots = {name.split("/")[0] for name in published}
+    wanted = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CHANGELOG.md", "LICENSE"}
+    wanted |= {"docs", "hywu_core", "locales", "models", "nodes", "scripts", "web", "workflows"}
+    assert roots - {"subgraphs"} == wanted
+    for folder in ("hywu_core", "nodes", "web", "locales", "models", "workflows", "subgraphs"):
+        assert set(git("--cached", "--", folder)) <= published, folder
+    kinds = {Path(name).suffix for name in published if "/" in name}
+    assert kinds <= {".py", ".md", ".json", ".txt", ".safetensors", ".png", ".jpg", ".webp", ".js"}, kinds
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in sorted(published):
+            packed.write(ROOT / name, name)
+    assert (tmp_path / "pack.zip").stat().st_size <= 20e6
+
+
+def test_published_scripts_need_nothing_that_is_not_published(published):
+    scripts = [ROOT / name for name in published if name.startswith("scripts/") and name.endswith(".py")]
+    assert ROOT / "scripts" / "train.py" in scripts
+    private = {path.stem for path in (ROOT / "scripts").glob("*.py") if path not in scripts} | {"study", "tests"}
+    for path in scripts:
         needs = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert not private & set(needs), path.name
+
+
+def test_the_registry_reads_what_it_shows():
+    """Pictures as it wants them, at addresses that exist in this tree; classifiers of its list: one wrong entry drops all."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    comfy, repository = project["tool"]["comfy"], project["project"]["urls"]["Repository"]
+    address = repository.replace("https://github.com/", "https://raw.githubusercontent.com/") + "/main/"
+    sizes = {}
+    for key in ("Icon", "Banner"):
+        assert comfy[key].startswith(address)
+        with Image.open(ROOT / comfy[key].removeprefix(address)) as picture:
+            sizes[key] = picture.size
+    assert sizes["Icon"][0] == sizes["Icon"][1] <= 400
+    assert sizes["Banner"][0] * 9 == sizes["Banner"][1] * 21
+    accelerators = {"NVIDIA CUDA", "AMD ROCm", "Intel Arc", "Apple Metal"}
+    named = [line for line in project["project"]["classifiers"] if line.startswith("Environment :: ")]
+    assert named and {line.removeprefix("Environment :: GPU :: ") for line in named} <= accelerators
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    for model in comfy["Models"]:
+        assert model["location"].split("/")[0] in ("hywu", "hunyuan_image3")
+        assert model["model_url"].startswith("https://huggingface.co/tencent/")
+
+
+def test_sources_can_be_printed_on_any_console(published):
+    """A console of Windows holds cp1252; checks of other people ask for that."""
+    for name in published:
+        if name.endswith(".py"):
+            (ROOT / name).read_text(encoding="utf-8").encode("cp1252")
 
 
 def test_the_core_works_without_the_host(unpacked):

@@ -35,6 +35,7 @@ NODE_IDS = {
     "HYWUHunyuanImage3Condition",
     "HYWUHunyuanImage3Reason",
     "HYWULoadPocketEditor",
+    "HYWUEdit",
 }
 
 

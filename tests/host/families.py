@@ -11,7 +11,7 @@ import comfy.supported_models
 import torch
 
 from hywu_core import GeneratorConfig, InstanceLora, LoraFactor
-from hywu_core.layout import full_name, targets
+from hywu_core.layout import all_targets
 
 
 class Family(NamedTuple):
@@ -85,11 +85,12 @@ def qwen_image() -> Family:
     return Family(build(config), torch.zeros(1, 16, 1, 8, 8), conditioning(12), "transformer_blocks.", 2, names)
 
 
-def z_image() -> Family:
+def z_image(refiners: int = 1) -> Family:
+    """Real ones have 2 blocks in each of their refiners, which are stacks then."""
     config = comfy.supported_models.ZImage(
         {
             "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "n_layers": 2,
-            "n_refiner_layers": 1, "n_heads": 8, "n_kv_heads": 8, "cap_feat_dim": 12, "axes_dims": [8, 12, 12],
+            "n_refiner_layers": refiners, "n_heads": 8, "n_kv_heads": 8, "cap_feat_dim": 12, "axes_dims": [8, 12, 12],
             "axes_lens": [64, 64, 64], "qk_norm": True, "z_image_modulation": True, "multiple_of": 16,
             "ffn_dim_multiplier": 2.0, "rope_theta": 256.0, "time_scale": 1000.0, "pad_tokens_multiple": 32,
         }
@@ -199,11 +200,10 @@ def random_lora(family: Family, seed: int, batch: int = 1, rank: int = 4, size: 
     source = torch.Generator().manual_seed(seed)
     config = generator_config(family, rank=rank, alpha=2 * rank)
     factors = {}
-    for layer in range(config.num_base_model_layers):
-        for target in targets(config):
-            down, up = (torch.randn(batch, *shape, generator=source) * size ** 0.5 for shape in
-                        (target.down_shape(rank), target.up_shape(rank)))  # fmt: skip
-            factors[full_name(config, layer, target.name)] = LoraFactor(down, up)
+    for name, target in all_targets(config):
+        down, up = (torch.randn(batch, *shape, generator=source) * size ** 0.5 for shape in
+                    (target.down_shape(rank), target.up_shape(rank)))  # fmt: skip
+        factors[name] = LoraFactor(down, up)
     return InstanceLora(factors, config.scale)
 
 

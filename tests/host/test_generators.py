@@ -180,7 +180,9 @@ def test_dynamic_weights_are_prefetched_by_the_block_and_let_go(gen_2, monkeypat
         with engine.engine(patcher, generator.config, torch.float32) as brought:
             brought = brought._replace(rotation=REAL)
             context = torch.empty(1, 5, generator.config.d_model, device=meta)
-            for number, _ in enumerate(generate_layers(generator_on_meta.model, context, tables, 5000, engine=brought)):
+            for number, _ in enumerate(
+                generate_layers(generator_on_meta.model, [context], tables, 5000, engine=brought)
+            ):
                 if cancelled:
                     raise InterruptedError(number)
 
@@ -283,6 +285,69 @@ def test_a_batch_brings_each_block_once(gen_2, golden, fetched):
     lora = memory.write(handle, torch.cat((tokens, tokens + 1, tokens - 1)))
     layers = [m for m in handle.generator.model.blocks.modules() if hasattr(m, "comfy_cast_weights")]
     assert lora.batch == 3 and {fetched[layer] for layer in layers} == {1}
+
+
+@pytest.mark.parametrize("kind", ["default", "int8", "fp8_e4m3fn"])
+def test_conditions_of_several_lengths_bring_each_block_once(gen_2, golden, fetched, monkeypatch, kind):
+    """The host as with --novram. What comes out is what each condition gets alone, with its own instruction."""
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    handle, tokens = memory.load(gen_2, memory.WEIGHT_DTYPES[kind]), golden["case1.condition"]
+    given = [tokens, torch.cat((tokens, tokens * 2), dim=1), tokens - 1, torch.cat((tokens, -tokens))]
+    texts = ("warmer", "make it far warmer", "", "cooler")
+    asked = [as_condition(one)._replace(instruction=text) for one, text in zip(given, texts, strict=True)]
+    fetched.clear()
+    lora = memory.generate(handle, asked[0], more=asked[1:])
+    layers = [
+        m for m in handle.generator.model.blocks.modules() if hasattr(m, "comfy_cast_weights") and m.weight.ndim == 2
+    ]
+    assert lora.batch == 5 and {fetched[layer] for layer in layers} == {1}
+    number = 0
+    for one in asked:
+        alone = memory.generate(handle, one)
+        for place in range(alone.batch):
+            ours, theirs = lora.select(number), alone.select(place)
+            assert dict(ours.metadata) == dict(theirs.metadata)
+            for found, expected in zip(ours.pairs, theirs.pairs, strict=True):
+                torch.testing.assert_close(found.up, expected.up, atol=2e-5, rtol=0)
+            number += 1
+
+
+def test_the_host_is_asked_for_the_room_of_all_lengths(gen_2, golden, monkeypatch):
+    asked, load = [], comfy.model_management.load_models_gpu
+
+    def load_models_gpu(models, memory_required):
+        asked.append(memory_required)
+        load(models, memory_required=memory_required)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_models_gpu)
+    handle, tokens = memory.load(gen_2), golden["case1.condition"]
+    length = tokens.shape[1]
+    memory.write(handle, [tokens, torch.cat((tokens, tokens), dim=1), tokens])
+    planned = plan(handle.config, 3, [length, 2 * length, length], torch.float32)
+    assert asked == [planned.peak + planned.block] and planned.peak > plan(handle.config, 1, length, torch.float32).peak
+
+
+def test_of_several_conditions_only_new_ones_are_generated(gen_2, golden, monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "get_system_user_directory", lambda name: str(tmp_path / name))
+    generated, write = [], memory.write
+
+    def counted(handle, tokens, *args):
+        generated.append(len(tokens))
+        return write(handle, tokens, *args)
+
+    monkeypatch.setattr(memory, "write", counted)
+    handle, tokens = memory.load(gen_2), golden["case1.condition"]
+    one, two, both = (
+        as_condition(t) for t in (tokens, torch.cat((tokens, tokens), dim=1), torch.cat((tokens, -tokens)))
+    )
+    memory.generate(handle, two, keep_gb=1)
+    first, again = (memory.generate(handle, one, 1, [two, both]) for _ in range(2))
+    assert generated == [1, 2] and first.batch == again.batch == 4
+    plain = memory.generate(handle, one, more=[two, both])
+    for kept, same, made in zip(first.pairs, again.pairs, plain.pairs, strict=True):
+        assert torch.equal(kept.up, same.up) and torch.equal(kept.down, same.down)
+        torch.testing.assert_close(kept.up, made.up, atol=2e-5, rtol=0)
 
 
 def test_what_was_kept_is_not_generated_again(gen_2, golden, monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
-from families import FAMILIES, build, conditioning
+from families import FAMILIES, build, conditioning, z_image
 
 from hywu_core import MatchError
 from hywu_core.condition import CLIP_VISION, CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart
@@ -107,6 +107,40 @@ def test_wrong_names_say_what_there_is():
         model.choose_targets(model.choose_stack(base), model.ALL, "attn*")
     with pytest.raises(model.StackError, match="'all linear layers', or name"):
         model.choose_targets(model.choose_stack(base, "single_blocks"), model.ATTENTION)
+
+
+def test_several_stacks_are_named_or_all_taken():
+    family = FAMILIES["flux_double"]()
+    base = family.model.model
+    ways = {
+        "largest": ["double_blocks"], "": ["double_blocks"], "single_blocks": ["single_blocks"],
+        "all stacks": ["double_blocks", "single_blocks"],
+        # in the order of the base
+        "single_blocks, double_blocks.": ["double_blocks", "single_blocks"], "single_blocks,": ["single_blocks"],
+        "largest, single_blocks": ["double_blocks", "single_blocks"],
+    }  # fmt: skip
+    for asked, paths in ways.items():
+        assert [stack.path for stack in model.choose_stacks(base, asked)] == paths
+        config = new_generator.generator_config(base, example(family), stack=asked, rank=4)
+        assert [stack.prefix for stack in config.stacks] == [f"{path}." for path in paths]
+        assert ("further_stacks" in config.hywu) == (len(paths) > 1)
+        new_generator.check_fits(base, config)
+    with pytest.raises(model.StackError, match="no stack 'blocks'.*Several can be named.*'all stacks'"):
+        model.choose_stacks(base, "double_blocks, blocks")
+    with pytest.raises(model.StackError, match="No linear layer of single_blocks belongs to 'attention'"):
+        new_generator.generator_config(base, example(family), targets=model.ATTENTION, stack=model.EVERY)
+    one = new_generator.generator_config(base, example(family), target_names="img_attn.*, linear2", stack=model.EVERY)
+    assert [list(stack.pg_mapping) for stack in one.stacks] == [["img_attn.qkv", "img_attn.proj"], ["linear2"]]
+
+
+def test_refiners_are_stacks_of_their_own():
+    family = z_image(refiners=2)
+    base = family.model.model
+    config = new_generator.generator_config(base, example(family), stack=model.EVERY, rank=4)
+    assert {stack.prefix for stack in config.stacks} == {"noise_refiner.", "context_refiner.", "layers."}
+    new_generator.check_fits(base, config)
+    with pytest.raises(MatchError, match="None of the LoRA's .* targets"):
+        new_generator.check_fits(FAMILIES["wan"]().model.model, config)
 
 
 def test_an_example_without_what_is_to_be_read_is_one_clear_error():

@@ -50,3 +50,48 @@ def test_a_base_gives_a_loaded_lora_its_own_names(studio, kohya):
     (file,) = (studio.server.output / "loras").glob("named_*")
     names = {key.split(".lora_")[0] for key in load_file(file) if ".lora_" in key}
     assert all(name.startswith("diffusion_model.") for name in names - {"lora_te1_x"}) and "lora_te1_x" in names
+
+
+def said(prompt, link, text, mark):
+    """Another instruction through copies of the nodes that lead to a link: where it comes out."""
+    name, output = link
+    node = prompt[name]
+    if node["class_type"] == "CLIPTextEncode":
+        prompt[name + mark] = {**node, "inputs": {**node["inputs"], "text": text}}
+        return [name + mark, output]
+    inputs = {key: said(prompt, value, text, mark) if isinstance(value, list) else value
+              for key, value in node["inputs"].items()}  # fmt: skip
+    if inputs == node["inputs"]:
+        return link
+    prompt[name + mark] = {**node, "inputs": inputs}
+    return [name + mark, output]
+
+
+def test_further_conditions_are_instances_of_one_lora(studio):
+    """Texts of other lengths; each file holds what its text alone gives."""
+    texts, generate = ("warm the colours", "make it much darker, please", "blur"), studio.node("HYWUGenerateLoRA")
+    save = {"filename_prefix": "loras/batch", "format": "stock", "dtype": "as generated"}
+
+    def saved(prefix, first, *more):
+        prompt = studio.quickstart()
+        link = prompt[generate]["inputs"]["condition"]
+        links = [said(prompt, link, text, f"-{number}") for number, text in enumerate((first, *more))]
+        prompt[generate]["inputs"]["condition"] = links[0]
+        for number, found in enumerate(links[1:]):
+            prompt[generate]["inputs"][f"more_conditions.condition{number}"] = found
+        inputs = {"lora": [generate, 0], **save, "filename_prefix": f"loras/{prefix}"}
+        prompt = {**prompt, "save": {"class_type": "HYWUSaveLoRA", "inputs": inputs}}
+        for name in [name for name, node in prompt.items() if node["class_type"] in ("SaveImage", "PreviewImage")]:
+            del prompt[name]
+        run = studio.run(prompt)
+        assert run.outcome == "execution_success", run.error
+        return [load_file(path) for path in sorted((studio.server.output / "loras").glob(f"{prefix}_*"))]
+
+    together = saved("together", *texts)
+    assert len(together) == len(texts)
+    for number, text in enumerate(texts):
+        (alone,) = saved(f"alone{number}", text)
+        assert alone.keys() == together[number].keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[number][name], tensor, atol=2e-5, rtol=1e-4)
+    assert not all(torch.allclose(together[0][name], together[1][name]) for name in together[0])

@@ -25,6 +25,7 @@ OPEN = "window.app?.graph && Object.keys(LiteGraph.registered_node_types).includ
 
 
 def open_page(browser, server):
+    server.post("/api/settings", {"Comfy.TutorialCompleted": True})  # or the templates are shown over everything
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.goto(server.url)
     page.wait_for_function(OPEN, timeout=90_000)
@@ -93,18 +94,25 @@ def test_a_node_speaks_english(english):
 
 
 def help_page(page, kind: str):
-    """The help of a node, opened as by a click on the ? of its title."""
+    """The help of a node, opened as an artist does: click the node, click the i above it."""
     page.evaluate(
         """kind => {
-            const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
-            stores.get('nodeHelp').openHelp(stores.get('nodeDef').nodeDefsByName[kind]);
-            stores.get('sidebarTab').activeSidebarTabId = 'node-library';
+            app.graph.clear();
+            const node = LiteGraph.createNode(kind);
+            node.pos = [500, 400];
+            app.graph.add(node);
+            app.canvas.ds.reset();
+            app.canvas.setDirty(true, true);
         }""",
         kind,
     )
-    heading = page.locator(".node-help-content h1")
-    heading.wait_for(timeout=20_000)
-    return page.locator(".node-help-content")
+    page.wait_for_timeout(500)  # until the canvas is drawn: it knows only then what lies where
+    canvas = page.locator("#graph-canvas").bounding_box()
+    page.mouse.click(canvas["x"] + 560, canvas["y"] + 385)
+    page.get_by_test_id("info-button").click()
+    content = page.locator(".node-help-content").first
+    content.locator("h1").wait_for(timeout=20_000)
+    return content
 
 
 def check_help(page, title: str):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...condition import CLIP_VISION, HIDDEN_STATES, REFERENCE_LATENT, Condition, assemble, expected_parts
 from ...config import GeneratorConfig
 from ...errors import HywuError, MatchError
-from ...layout import full_name, targets
+from ...layout import all_targets
 from ...training import GeneratorTrainable, Sample, TrainConfig
 from ...training.options import PRECISIONS
 from ...training.weight_space import Lesson, Likeness, Teacher, likeness
@@ -223,9 +223,4 @@ def _condition(words: Tensor, picture: Picture, model: comfy.model_patcher.Model
 
 def _weights(config: GeneratorConfig) -> dict[str, tuple[int, ...]]:
     """{target of every layer: the shape of its weight, experts first}."""
-    shapes = {target.name: (*target.up_shape(1)[:-1], target.in_features) for target in targets(config)}
-    return {
-        full_name(config, layer, name): shape
-        for layer in range(config.num_base_model_layers)
-        for name, shape in shapes.items()
-    }
+    return {name: (*target.up_shape(1)[:-1], target.in_features) for name, target in all_targets(config)}

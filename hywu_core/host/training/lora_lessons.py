@@ -21,7 +21,7 @@ from ...errors import HywuError, LoraError
 from ...files.lora_files import own_metadata, read_file
 from ...files.safetensors import open_safetensors
 from ...files.text import read_text
-from ...layout import Target, full_name, place, targets
+from ...layout import Target, all_targets, place
 from ...lora import InstanceLora, LoraFactor, norms
 from ...training import Sample, TrainConfig
 from ...training.weight_space import Lesson
@@ -111,13 +111,11 @@ def aligned(lora: InstanceLora, base: Any, config: GeneratorConfig, name: str) -
     for part in found.matched:
         by_module.setdefault(part.module, []).append(part)
     factors, used = {}, set()
-    for layer in range(config.num_base_model_layers):
-        for target in targets(config):
-            full = full_name(config, layer, target.name)
-            where = place(full, target.out_features, target.experts is not None)
-            parts = [part for part in by_module.get(where.module, ()) if _rows(part, where.start, target.out_features)]
-            factors[full] = _joined(parts, where.start, target)
-            used |= {part.name for part in parts}
+    for full, target in all_targets(config):
+        where = place(full, target.out_features, target.experts is not None)
+        parts = [part for part in by_module.get(where.module, ()) if _rows(part, where.start, target.out_features)]
+        factors[full] = _joined(parts, where.start, target)
+        used |= {part.name for part in parts}
     result = InstanceLora(factors, lora.scale, lora.metadata)
     if not sum(float(value) for value in norms(result).values()):
         raise LoraError(
