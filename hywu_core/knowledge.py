@@ -34,7 +34,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 KEY = "knows"
-WIDTH, POINTS, SIZES = 64, 256, 32
+WIDTH, POINTS, SIZES = 128, 256, 32
 LEAST = 4  # points from which on a distance says something
 FALSE_ALARMS = 0.05
 FAR = 1.5  # times larger or smaller than all sides that were trained on

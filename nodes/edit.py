@@ -13,16 +13,7 @@ class HYWUEdit(io.ComfyNode):
             node_id="HYWUEdit",
             display_name="Edit with Instance LoRA",
             category="HY-WU",
-            search_aliases=[
-                "edit",
-                "image edit",
-                "instruction",
-                "instance lora",
-                "hypernetwork",
-                "编辑",
-                "修图",
-                "指令",
-            ],
+            search_aliases=["edit", "image edit", "instruction", "instance lora", "hypernetwork"],
             description="The short way from a picture and an instruction to an edit: writes the LoRA for exactly these two, "
             "puts it on the model, and gives everything that KSampler takes. The same as Generate Instance LoRA and Apply "
             "Instance LoRA with what stands around them; another strength does not generate again.",

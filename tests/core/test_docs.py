@@ -1,5 +1,6 @@
 """What the pages say can be followed: links lead somewhere, and every script that is named is there."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -35,3 +36,33 @@ def test_files_that_are_named_are_there(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"\b(?:scripts|docs|results|hywu_core|study)/[\w/]+\.(?:py|sh|md|json|png)\b", text):
         assert (ROOT / path).is_file(), path
+
+
+NOT_OURS = {"No Results Found", "IMPORT FAILED"}  # what frontend and host say
+
+
+def said() -> str:
+    """Every text in the sources, with "..." where a value is put in."""
+    texts = []
+    for folder in ("hywu_core", "nodes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+                    texts.append("".join(parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.append(node.value)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"], ids=name)
+def test_messages_are_quoted_as_they_are(page):
+    """In tables of what goes wrong: the first cell quotes in italics, with ... for what differs."""
+    sources, quotes = said(), []
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| ") and line.count("|") == 3:
+            quotes += re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", line.split("|")[1])
+    assert len(quotes) > 5
+    for quote in set(quotes) - NOT_OURS:
+        for piece in re.split(r"\.\.\.|\d+", quote):
+            assert piece.strip(" ,:/") in sources, quote

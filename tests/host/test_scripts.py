@@ -58,3 +58,11 @@ def test_what_a_card_needs_is_printed(fixtures_dir):
     done = run("convert_generator.py", "--plan", str(fixtures_dir / "released_config.json"))
     assert done.returncode == 0, done.stderr
     assert "| bfloat16 | 16.2 | resident |" in done.stdout and "Derived by arithmetic, not measured" in done.stdout
+
+
+def test_the_readme_says_what_the_plan_of_training_prints():
+    """Derived for the released sizes of real bases, on shapes alone."""
+    printed = [line for line in run("plan_training.py").stdout.splitlines() if line.startswith("| ")]
+    assert len(printed) == 6
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [line for line in printed if line not in readme] == []

@@ -1,5 +1,6 @@
 """What the pack shows can be read in English and in Chinese, and one thing has one name."""
 
+import ast
 import json
 import re
 import urllib.request
@@ -100,6 +101,35 @@ def test_nothing_is_translated_that_is_not_there(nodes, words):
         entries = {path for path in leaves(words[language]["nodeDefs"]) if path[0].startswith("HYWU")}
         entries = {path for path in entries if path[1] != "search_aliases"}
         assert entries <= known, sorted(".".join(path) for path in entries - known)
+
+
+def on_cards() -> set[str]:
+    """What cards say in fixed words: titles, names of rows and charts. web/cards.js looks each up as it is."""
+    found = set()
+    for file in (ROOT / "hywu_core").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if file.name not in ("cards.py", "session.py") and not re.search(r"cards import|import cards", text):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            spoken = []
+            if isinstance(node, ast.Call) and node.args:
+                called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                spoken += node.args[:1] if called in ("Card", "_card") else node.args[1:2] if called == "Chart" else []
+            elif isinstance(node, ast.Tuple) and len(node.elts) == 2:
+                spoken.append(node.elts[0])
+            either = [
+                part for one in spoken for part in ([one.body, one.orelse] if isinstance(one, ast.IfExp) else [one])
+            ]
+            texts = [one.value for one in either if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+            found |= {one for one in texts if one[:1].isupper()}
+    return found
+
+
+def test_cards_are_there_in_chinese(words):
+    spoken = on_cards()
+    assert {"The LoRA is on the model", "Targets", "Loss, step by step", "Step"} <= spoken
+    chinese = words["zh"]["hywuCards"]
+    assert [text for text in sorted(spoken) if not CHINESE.search(chinese.get(text, ""))] == []
 
 
 def test_no_text_holds_what_the_frontend_takes_for_a_formula():

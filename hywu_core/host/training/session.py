@@ -9,6 +9,7 @@ been its last.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +38,7 @@ from ...training import (
     TrainConfig,
     Trainer,
 )
-from ...training.data import batch_of
+from ...training.data import Sized, batch_of
 from ...training.log import STATE
 from ...training.memory import graph_bytes
 from ...training.options import PRECISIONS
@@ -188,7 +189,7 @@ class Session:
         self.begun = begun(self.folder) if self.main else ""
         trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
         pairs = self.task.pairs if self.objective else None
-        self._room = self._needed(trainable, config, pairs.sample(0, torch.Generator()) if pairs else None)
+        self._room = self._needed(trainable, config, _largest(pairs) if pairs else None)
         size = summary(self.generator.config, self.patcher.model_size())
         self.front.say(f"{size}, about {self._room / 1e9:.1f} GB of memory beside the base while it is trained.")
         self.load()
@@ -297,7 +298,7 @@ class Session:
         return [patcher for found in self.task.lessons for patcher in found.patchers]
 
     def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, pair: Sample | None) -> int:
-        """Bytes beside the weights, for a run on pairs like one, or on lessons in weight space alone."""
+        """Bytes beside the weights, for a run on pairs no larger than one, or on lessons in weight space alone."""
         weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
         samples = [*([pair] if pair else ()), *(found.lesson.samples[0] for found in self.task.lessons)]
         length = max(sample.condition.shape[0] for sample in samples)
@@ -404,6 +405,12 @@ def _cell(model: comfy.model_patcher.ModelPatcher) -> int:
 def _some(count: int) -> list[int]:
     """At most MET indices of so many, evenly chosen."""
     return [place * count // MET for place in range(MET)] if count > MET else list(range(count))
+
+
+def _largest(pairs: SampleSource) -> Sample:
+    """The pair that needs most memory, as far as their sizes are known."""
+    sizes = [math.prod(size) for size in pairs.sizes()] if isinstance(pairs, Sized) else [0]
+    return pairs.sample(sizes.index(max(sizes)), torch.Generator())
 
 
 def _mean(losses: list[float]) -> float | None:
