@@ -1,4 +1,4 @@
-"""What can be done with a LoRA before it meets a model: choose one of a batch, change its strength by block, make it a hook."""
+"""What can be done with a LoRA before it meets a model: choose one of a batch, change single blocks, make it a hook."""
 
 from comfy_api.latest import io
 
@@ -53,8 +53,8 @@ class HYWULoRAByBlock(io.ComfyNode):
                 "块权重",
                 "强度",
             ],
-            description="Makes a LoRA stronger or weaker in single blocks and targets. Inspect Instance LoRA shows what there "
-            "is.",
+            description="Makes a LoRA stronger or weaker in single blocks and targets. Inspect Instance LoRA shows what "
+            "there is.",
             inputs=[
                 lora_input("The LoRA to change. It stays as it is."),
                 io.String.Input(
@@ -83,8 +83,8 @@ class HYWUHookLoRA(io.ComfyNode):
             display_name="Create Hook Instance LoRA",
             category="HY-WU",
             search_aliases=["instance lora", "hook", "hooks", "mask", "schedule", "regional", "钩子", "遮罩", "局部"],
-            description="A LoRA as a hook, without a file: ComfyUI's own hook nodes put it on one conditioning only, on a mask "
-            "or on a schedule of strengths. What Create Hook LoRA does with a saved file.",
+            description="A LoRA as a hook, without a file: ComfyUI's own hook nodes put it on one conditioning only, on a "
+            "mask or on a schedule of strengths. What Create Hook LoRA does with a saved file.",
             inputs=[
                 lora_input("The LoRA. Of a batch, choose one with Pick Instance LoRA."),
                 io.Float.Input(

@@ -21,7 +21,6 @@ import comfy.patcher_extension
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.quant_ops import QuantizedTensor
-from comfy_api.input import CurveInput
 from torch import nn
 
 from ...errors import MatchError
@@ -32,7 +31,7 @@ from .experts import ExpertLoraAdapter, foreign_bank
 from .foreign import Patch
 from .forwards import Beside, Part, blocks_not_replayed, replaced_forwards
 from .matching import Match, Matches, as_adapter, match
-from .schedule import Schedule
+from .schedule import Curve, Schedule
 
 KEY = "hywu"
 COMPILE_KEY = "torch.compile"  # the host's own, of its TorchCompileModel node
@@ -75,7 +74,7 @@ def apply_lora(
     mode: Mode = "auto",
     start: float = 0.0,
     end: float = 1.0,
-    curve: CurveInput | None = None,
+    curve: Curve | None = None,
 ) -> tuple[comfy.model_patcher.ModelPatcher, Matches]:
     """A clone of `model` with the LoRA on it: W' = W + strength * scale * B . A on every matched weight.
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from comfy_api.input import CurveInput
 
 from ...errors import MatchError
 
 HALVINGS = 40  # of the sampling, to find how far it is: finer than any sampler's steps
+
+
+class Curve(Protocol):
+    """The host's CURVE."""
+
+    @property
+    def points(self) -> list[tuple[float, float]]: ...
+
+    def interp(self, x: float) -> float:
+        """Its value at x in [0, 1]."""
 
 
 class Schedule(NamedTuple):
@@ -22,7 +31,7 @@ class Schedule(NamedTuple):
 
     start: float = 0.0
     end: float = 1.0
-    curve: CurveInput | None = None
+    curve: Curve | None = None
 
     @property
     def whole(self) -> bool:
