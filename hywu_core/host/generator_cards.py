@@ -16,7 +16,7 @@ from ..layout import lora_elements
 from ..lora import InstanceLora
 from ..plan import parameters, plan
 from ..training.memory import graph_bytes
-from . import memory
+from . import memory, told
 from .cards import BARS, GOOD, NOTICE, Card, Chart
 from .lora.charts import norms_of_layers
 from .memory import GeneratorHandle
@@ -76,6 +76,8 @@ def generate(
     began, fresh, given = time.monotonic(), memory.Fresh(), (condition, *more)
     lora = memory.generate(handle, condition, keep_gb, more, fresh)
     seconds = time.monotonic() - began
+    if not more:
+        lora = told.marked(lora, condition, handle.config)
     notices = tuple(dict.fromkeys(notice for one in given for notice in strange(handle, one)))
     for notice in notices:
         logging.warning("HY-WU: %s", notice)
@@ -97,7 +99,13 @@ def strange(handle: GeneratorHandle, condition: Condition) -> list[str]:
     """In what a condition is far from all that a generator was trained on, as far as its file says that."""
     hywu, notices = handle.config.hywu, []
     tokens = text_of(assemble(condition, handle.config), handle.config)
-    if tokens is not None and knowledge.unknown(hywu, tokens):
+    if tokens is not None and knowledge.longer(hywu, tokens):
+        notices.append(
+            f"The condition has {tokens.shape[1]} tokens, and none trained on had more than "
+            f"{hywu[knowledge.KEY]['length']}. Several instructions joined (Conditioning Concat) are not several edits: "
+            "generate one LoRA for each, and blend them."
+        )
+    elif tokens is not None and knowledge.unknown(hywu, tokens):
         known = "; ".join(hywu.get("instructions", ())[:NAMED])
         notices.append(
             "This instruction is unlike those that the generator was trained on, so the edit may be a muddle."

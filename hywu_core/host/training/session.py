@@ -46,6 +46,7 @@ from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss
 from ...training.weight_space import WeightSpace
 from .. import memory
+from ..engine import refuse_beyond
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
 from .identity import begun, claim, digest_of_base
@@ -152,6 +153,7 @@ class Session:
     Raises:
         MatchError: if generator and model do not fit, or the model cannot be trained on.
         TrainingError: if the folder holds another run. SaveError: if it cannot be written to.
+        GenerationError: if it needs more memory than there is.
     """
 
     def __init__(
@@ -192,6 +194,13 @@ class Session:
         self._room = self._needed(trainable, config, _largest(pairs) if pairs else None)
         size = summary(self.generator.config, self.patcher.model_size())
         self.front.say(f"{size}, about {self._room / 1e9:.1f} GB of memory beside the base while it is trained.")
+        at_once = config.micro_batch or config.batch
+        refuse_beyond(
+            self.patcher.load_device,
+            self._room,
+            f"Training with {at_once} pairs at a time",
+            "Set micro_batch to a smaller number than batch_size: the same steps, less at a time. Or use smaller pictures.",
+        )
         self.load()
         lessons = WeightSpace([found.lesson for found in self.task.lessons], config.seed)
         self.trainer = Trainer(trainable, self.objective, pairs, config, communication, self.front.check, lessons)
