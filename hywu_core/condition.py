@@ -33,7 +33,7 @@ SOURCES = {  # what a generator reads -> the parts of a condition, in their orde
 }
 REMEDIES = {  # what to do where a part is missing
     CONDITIONING: "Wire the text encoder's CONDITIONING.",
-    REFERENCE_LATENT: "Put the source picture on the CONDITIONING with Set Reference Latent, or choose another source.",
+    REFERENCE_LATENT: "Put the source picture on the CONDITIONING with Set Reference Latent.",
     CLIP_VISION: "Wire a CLIP_VISION_OUTPUT into HY-WU Condition.",
     HIDDEN_STATES: "Wire the MODEL into HY-WU Condition.",
 }
@@ -120,13 +120,24 @@ def _check(condition: Condition, config: GeneratorConfig) -> dict[str, Tensor]:
         found = ", ".join(f"{part.kind} {tuple(part.tokens.shape)}" for part in condition.parts) or "nothing"
         wanted = ", ".join(f"{kind} (batch, length, {width})" for kind, width in expected)
         raise ConditionError(
-            f"The condition holds {found}, but this generator reads {wanted}. "
-            "Wire the inputs that it was trained with, through HY-WU Condition or the base's own condition node."
+            f"The condition holds {found}, but this generator reads {wanted}. {_remedy(given, expected)}"
         )
     batches = {kind: tokens.shape[0] for kind, tokens in given.items()}
     if len(set(batches.values()) - {1}) > 1:
         raise ConditionError(f"The parts of the condition have different batch sizes: {batches}.")
     return {kind: given[kind] for kind, _ in expected}
+
+
+def _remedy(given: dict[str, Tensor], expected: tuple[tuple[str, int], ...]) -> str:
+    missing = [REMEDIES[kind] for kind, _ in expected if kind not in given and kind in REMEDIES]
+    wrong = [kind for kind, width in expected if kind in given and given[kind].shape[-1] != width]
+    if wrong:
+        missing.insert(
+            0, f"Its {wrong[0]} comes from an encoder of another base: take those of the generator's own base."
+        )
+    return " ".join(missing) or (
+        "Wire the inputs that it was trained with, through HY-WU Condition or the base's own condition node."
+    )
 
 
 def _as_tokens(condition: Condition, config: GeneratorConfig) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ Of the configuration's `hywu.knows`, every entry of it optional:
     width     K, at most WIDTH
     centre    K float32, little-endian, in base64: the mean of the points
     points    N x K bfloat16, little-endian, in base64: the descriptions, without the centre; N at most POINTS
+    length    the most tokens of an instruction
     sizes     [[width, height], ...] of the pictures, in pixels, at most SIZES of them
     cell      pixels of a picture along one cell of its latent
 
@@ -34,7 +35,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 KEY = "knows"
-WIDTH, POINTS, SIZES = 64, 256, 32
+WIDTH, POINTS, SIZES = 128, 256, 32
 LEAST = 4  # points from which on a distance says something
 FALSE_ALARMS = 0.05
 FAR = 1.5  # times larger or smaller than all sides that were trained on
@@ -84,11 +85,15 @@ def gathered(
         cell: pixels along one cell of their latents.
     """
     before = hywu.get(KEY, {})
-    new = [describe(tokens.unsqueeze(0)) for tokens in texts]
+    texts = list(texts)
+    new = [found for found in (describe(tokens.unsqueeze(0)) for tokens in texts) if torch.isfinite(found).all()]
+    length = max((len(tokens) for tokens in texts), default=0)
     known = points(hywu)
     if known and new and known.values.shape[1] == new[0].shape[1]:
         new = [known.values, *new]
     entries = {**before, **(_kept(torch.unique(torch.cat(new), dim=0)) if new else {})}
+    if length:
+        entries["length"] = max(length, before.get("length", 0))
     seen = sorted({(int(size[0]), int(size[1])) for size in (*before.get("sizes", ()), *sizes)})
     if seen:
         entries |= {"sizes": [list(size) for size in _sample(seen, SIZES)], "cell": int(cell)}
@@ -125,6 +130,12 @@ def unknown(hywu: Mapping[str, Any], tokens: Tensor) -> bool:
     return bool((known.distances(described) > known.threshold).any())
 
 
+def longer(hywu: Mapping[str, Any], tokens: Tensor) -> bool:
+    """Whether a condition's text (B, L, D) is far longer than all that were trained on, as joined ones are."""
+    length = hywu.get(KEY, {}).get("length", 0)
+    return bool(length) and tokens.shape[1] > FAR * length
+
+
 def picture_size(hywu: Mapping[str, Any], rows: int, columns: int) -> tuple[int, int]:
     """(width, height) in pixels of a picture whose latent has so many rows and columns."""
     cell = hywu.get(KEY, {}).get("cell", 1)
@@ -151,8 +162,9 @@ def check(hywu: Mapping[str, Any]) -> None:
     sizes = kept.get("sizes", [])
     if not isinstance(sizes, (list, tuple)) or len(sizes) > SIZES or not all(map(_is_size, sizes)):
         raise ConfigError(f"hywu.{KEY}.sizes must be at most {SIZES} pairs of sides in pixels.")
-    if "cell" in kept and not _is_size((kept["cell"], 1)):
-        raise ConfigError(f"hywu.{KEY}.cell must be a number of pixels.")
+    for name in ("cell", "length"):
+        if name in kept and not _is_size((kept[name], 1)):
+            raise ConfigError(f"hywu.{KEY}.{name} must be a whole number from 1 to {LARGEST_SIDE:,}.")
     if not {"width", "centre", "points"} & kept.keys():
         return
     width = kept.get("width")

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..hywu_core.host import cards
+from ..hywu_core.host import cards, told
 from ..hywu_core.host.lora import apply, lora_cards, store
 from .types import Lora
 
@@ -65,7 +65,9 @@ class HYWUApplyLoRA(io.ComfyNode):
     def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
         lora = store.as_instance_lora(lora)
         patched, matches = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
-        return io.NodeOutput(patched, ui=cards.outputs(lora_cards.applied(lora, matches, strength, mode)))
+        card = lora_cards.applied(lora, matches, strength, mode)
+        told.watch(patched, lora, cards.of_this_node(), card)
+        return io.NodeOutput(patched, ui=cards.outputs(card))
 
 
 class HYWUSaveLoRA(io.ComfyNode):

@@ -45,7 +45,7 @@ def _run_inputs(name: str, defaults) -> list:
             min=1,
             max=4096,
             advanced=True,
-            tooltip="What one step looks at: pairs of the new edit, old instructions, LoRA files, each so many.",
+            tooltip="What one step looks at: so many pairs of the new edit and twice as many old instructions, or LoRA files.",
         ),
         io.Int.Input(
             "seed",
@@ -191,7 +191,6 @@ class HYWUTeachGenerator(io.ComfyNode):
             learning_rate=learning_rate[0],
             batch=batch_size[0],
             memory=memory[0],
-            memory_batch=batch_size[0],
             seed=seed[0],
         )
         options = SessionOptions(if_exists=if_exists[0])

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
-START_SECONDS = 180  # a cold start on a slow disk
+START_SECONDS = 600  # a cold start on a slow disk, or on a machine that is busy with other things
 RUN_SECONDS = 300
 FRONTEND_ONLY = {"Note", "MarkdownNote"}  # nodes that the server never sees
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -100,6 +101,11 @@ class HostServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that the process takes now."""
+        return psutil.Process(self._process.pid).memory_info().rss
 
     def get(self, path: str) -> Any:
         """The JSON at a path."""

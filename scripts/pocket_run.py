@@ -41,6 +41,8 @@ class PocketRun(RunConfig):
                 "text_sees_source",
                 "guidance",
                 "background",
+                "buckets",
+                "caption_dropout",
             )
         return found
 

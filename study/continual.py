@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 class Asked(Sequence):
-    """Every wording of a task's edits on every of its pictures, as a memory asks for them."""
+    """Every wording of a task's edits on every of its pictures, as a memory asks for them; the key names the edit."""
 
     def __init__(self, task: EditingTask):
         self.task = task
@@ -69,7 +69,8 @@ class Asked(Sequence):
         return len(self.cases)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(torch.empty(0), None, self.task.condition([self.cases[index]])[0])
+        case = self.cases[index]
+        return Sample(torch.empty(0), None, self.task.condition([case])[0], self.task.edits[case.edit].name)
 
 
 class Continual:

@@ -7,15 +7,16 @@ import { api } from "../../scripts/api.js";
 const KEY = "hywu_card";
 const EVENT = "hywu.card";
 const WIDGET = "hywu_card";
-const LEAST_WIDTH = 360;
+const LEAST_WIDTH = 300;
+const ROOM = 24; // what the frontend leaves free around a DOM widget, above and below
 const SVG = "http://www.w3.org/2000/svg";
 const EDGES = { good: "#3f9d6b", notice: "#d9a441", warning: "#d9534f" };
 const STYLE = `
 .hywu-card { box-sizing: border-box; width: 100%; overflow: hidden; }
-.hywu-card-page { box-sizing: border-box; padding: 8px 10px; border-left: 4px solid var(--hywu-edge); border-radius: 4px;
-  background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); font: 12px/1.45 sans-serif; user-select: text; }
+.hywu-card-page { box-sizing: border-box; padding: 6px 8px; border-left: 4px solid var(--hywu-edge); border-radius: 4px;
+  background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); font: 11px/1.4 sans-serif; user-select: text; }
 .hywu-card-page + .hywu-card-page { margin-top: 6px; }
-.hywu-card-title { font-weight: 600; font-size: 13px; margin-bottom: 4px; }
+.hywu-card-title { font-weight: 600; font-size: 12px; margin-bottom: 3px; }
 .hywu-card-rows { display: grid; grid-template-columns: max-content 1fr; gap: 1px 10px; margin: 0; }
 .hywu-card-rows dt { color: var(--descrip-text, #999); margin: 0; }
 .hywu-card-rows dd { margin: 0; overflow-wrap: anywhere; }
@@ -120,7 +121,7 @@ function widgetOf(node) {
   const outer = element("div", "hywu-card");
   const inner = element("div");
   outer.append(inner);
-  const height = () => inner.offsetHeight + 4;
+  const height = () => inner.offsetHeight + ROOM;
   const widget = node.addDOMWidget(WIDGET, "HYWU_CARD", outer, {
     serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height,
   });

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..chunked import Engine
 from ..config import GeneratorConfig
+from ..errors import GenerationError
 from ..plan import plan
 from ..transformer import REAL, Block, Rotation
 
@@ -54,6 +55,18 @@ def chunk_bytes(device: torch.device, config: GeneratorConfig, batch: int, lengt
     free = comfy.model_management.get_free_memory(device) - planned.block
     # never less than was asked for: dynamic weights fill what is free, and give way
     return max(planned.chunk, plan(config, batch, length, dtype, budget=planned.weights + free).chunk)
+
+
+def refuse_beyond(device: torch.device, needed: int, what: str, remedy: str) -> None:
+    """
+    Raises:
+        GenerationError: if all memory of a device is less than is needed, before the work begins that would end so.
+    """
+    total = comfy.model_management.get_total_memory(device)
+    if needed > total:
+        raise GenerationError(
+            f"{what} needs about {needed / 1e9:,.0f} GB, but {device} has {total / 1e9:,.0f} GB in all. {remedy}"
+        )
 
 
 class _Holder:

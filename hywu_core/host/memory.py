@@ -24,6 +24,7 @@ from ..files.lora_cache import LoraCache, key_of
 from ..files.names import below
 from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
+from ..layout import lora_elements
 from ..lora import INSTRUCTIONS, InstanceLora
 from ..plan import plan, summary
 from ..training.memory import graph_bytes
@@ -242,8 +243,12 @@ def write(
     given = [tokens] if isinstance(tokens, Tensor) else tokens
     lengths = [one.shape[1] for one in given for _ in range(one.shape[0])]
     asked = handle.config, len(lengths), lengths, handle.compute_dtype
-    comfy.model_management.load_models_gpu([handle.patcher], memory_required=engine.room_for(*asked))
-    device = handle.patcher.load_device
+    device, room = handle.patcher.load_device, engine.room_for(*asked)
+    what, remedy = f"Generating {len(lengths)} LoRAs at once", "Generate fewer at a time, or from smaller pictures."
+    engine.refuse_beyond(device, room, what, remedy)
+    result = len(lengths) * lora_elements(handle.config) * handle.compute_dtype.itemsize
+    engine.refuse_beyond(comfy.model_management.intermediate_device(), result, what, remedy)
+    comfy.model_management.load_models_gpu([handle.patcher], memory_required=room)
 
     def interruptible(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

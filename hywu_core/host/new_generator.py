@@ -131,7 +131,7 @@ def _parts(base: Any, example: Condition, source: str) -> list[dict]:
         if kind not in given:
             raise StackError(
                 f"The generator is to read {source!r}, but the example condition has no {kind}: it has "
-                f"{', '.join(given) or 'nothing'}. {REMEDIES[kind]}"
+                f"{', '.join(given) or 'nothing'}. {REMEDIES[kind]} Or choose another source."
             )
         if kind == REFERENCE_LATENT:
             side = patch_size(base)

@@ -72,11 +72,11 @@ def look(path: Path) -> Facts:
     return Facts(width, height, transparent, _digest(data))
 
 
-def read(path: Path, size: int = 0, background: str = BACKGROUND) -> Tensor:
+def read(path: Path, size: int | tuple[int, int] = 0, background: str = BACKGROUND) -> Tensor:
     """A picture as the host's IMAGE: (1, H, W, 3), float32 in [0, 1].
 
     Args:
-        size: side of a square that is cut around the centre and resized; 0: as it is.
+        size: (width, height) of what is cut around the centre and resized, or the side of a square; 0: as it is.
         background: colour under transparent pixels, see `colour`.
     Raises:
         PictureError: if it cannot be used.
@@ -95,7 +95,8 @@ def read(path: Path, size: int = 0, background: str = BACKGROUND) -> Tensor:
     pixels = _laid_over(pixels, colour(background)).unsqueeze(0)
     if size:
         channels_first = pixels.movedim(-1, 1)
-        pixels = comfy.utils.common_upscale(channels_first, size, size, "lanczos", "center").movedim(1, -1)
+        width, height = size if isinstance(size, tuple) else (size, size)
+        pixels = comfy.utils.common_upscale(channels_first, width, height, "lanczos", "center").movedim(1, -1)
     return pixels.contiguous()
 
 

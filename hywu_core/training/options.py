@@ -140,6 +140,12 @@ class RunConfig:
     held_out_share: float = option(0.1, "share of the pictures of --pairs that is held out; 0: no validation")
     held_out_limit: int = option(SessionOptions.held_out_limit, "pairs that one validation looks at")
     size: int = option(0, "side to which pictures are cut and resized; 0: as they are")
+    buckets: bool = option(
+        False, "with size: cut pictures to the nearest of several shapes of about size x size pixels, not to squares"
+    )
+    caption_dropout: float = option(
+        0.0, "share of the draws in which the base is not told the instruction, for guidance; the generator always is"
+    )
     background: str = option("white", "colour under transparent pixels: a name or #rrggbb")
     model: str = option("", "file of the base's diffusion model")
     checkpoint: str = option("", "one file with diffusion model, text encoder and VAE, instead of three")
@@ -193,8 +199,9 @@ class RunConfig:
         for name in ("size", "guidance"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}.")
-        if not 0 <= self.held_out_share < 1:
-            raise ConfigError(f"held_out_share must be at least 0 and below 1, found {self.held_out_share}.")
+        for name in ("held_out_share", "caption_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}.")
         for known in fields(self):
             choices, value = known.metadata.get("choices"), getattr(self, known.name)
             if choices and value not in choices:
@@ -222,7 +229,12 @@ class RunConfig:
 
     def _without_effect(self) -> dict[str, tuple[str, ...]]:
         """{why: the options that would be dropped}."""
-        return {"with generator, which says what it is": OF_A_NEW_GENERATOR} if self.generator else {}
+        found = {"with generator, which says what it is": OF_A_NEW_GENERATOR} if self.generator else {}
+        if not self.side:
+            found["without size: pictures stay as they are then, and those of one size come together"] = ("buckets",)
+        if self.regime == "blind":
+            found["with the regime blind, where the base is never told"] = ("caption_dropout",)
+        return found
 
     @property
     def side(self) -> int:
@@ -240,7 +252,13 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must stay when the run goes on, beside the data, the base and the generator."""
-        return {name: getattr(self, name) for name in IDENTIFYING} | {"size": self.side, "precision": self.dtype}
+        found = {name: getattr(self, name) for name in IDENTIFYING} | {"size": self.side, "precision": self.dtype}
+        # beside what older runs have written down, so that those go on
+        if self.buckets:
+            found["size"] = f"{self.side} in buckets"
+        if self.caption_dropout:
+            found["regime"] = f"{self.regime} but for {self.caption_dropout:g}"
+        return found
 
 
 def read_arguments(arguments: Sequence[str] | None, description: str, kind: type[RunConfig] = RunConfig) -> RunConfig:

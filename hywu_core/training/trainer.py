@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import HywuError
 from ..lora import InstanceLora
-from .data import Draw, Sample, SampleSource, batch_of
+from .data import Draw, Sample, SampleSource, batch_of, buckets_of
 from .options import TrainConfig
 from .state import load_state, save_state
 from .trainable import Trainable, concatenate, diversity_loss, instances, leaves
@@ -99,6 +99,7 @@ class Trainer:
             self.parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self.averaged = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
+        self.buckets = None if data is None else buckets_of(data)
         self.done = 0  # optimizer steps
 
     def run(
@@ -173,7 +174,8 @@ class Trainer:
         share = self.config.batch // self.communication.processes
         first = share * self.communication.rank
         step = self.done if step is None else step
-        found = batch_of(self.data, self.config.seed, step, self.config.batch, slice(first, first + share))
+        part = slice(first, first + share)
+        found = batch_of(self.data, self.config.seed, step, self.config.batch, part, self.buckets)
         return sorted(found, key=lambda draw: tuple(draw.sample.latent.shape))
 
     def _try_backward(self) -> Tensor:

@@ -139,3 +139,11 @@ def test_one_batch_for_all():
     }
     with pytest.raises(LoraError, match=r"different batch sizes: \[1, 2\]"):
         InstanceLora(pairs)
+
+
+def test_an_instance_of_a_batch_takes_its_own_instruction_along():
+    lora = random_lora(1).with_metadata(instructions=["warmer", "cooler"])
+    for index, text in ((0, "warmer"), (1, "cooler"), (-1, "cooler")):
+        assert dict(lora.select(index).metadata) == {"seed": 1, "instruction": text}
+    one = random_lora(1).with_metadata(instruction="darker")
+    assert one.select(1).metadata["instruction"] == "darker"

@@ -1,6 +1,7 @@
 """Several processes of one run, as threads: what one of them meets, all of them must live with."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,18 @@ from hywu_core.training.options import build_run, read_arguments
 from hywu_core.training.validation import averaged_weights
 from hywu_core.training.weight_space import Lesson, WeightSpace
 
+# beside the stack that every generator here has
+FURTHER = ({"prefix": "single.", "num_base_model_layers": 3, "pg_mapping": {"c": {"lora_A_dim": 8, "lora_B_dim": 14}}},)
+STACKS = pytest.mark.parametrize("further", [(), FURTHER], ids=["one stack", "two stacks"])
 
-def tiny_config():
+
+def tiny_config(further=()):
     return GeneratorConfig.from_dict(
         {
             "d_model": 16, "head_dim": 8, "num_pg_layers": 1, "input_dim": 8, "output_dim": 8, "token_dim": 8, "rank": 2,
             "num_base_model_layers": 2, "alpha": 4, "dim_accumulation": 2,
             "pg_mapping": {"b": {"lora_A_dim": 6, "lora_B_dim": 10}, "a": {"lora_A_dim": 12, "lora_B_dim": 4}},
+            "hywu": {"further_stacks": list(further)},
         }
     )  # fmt: skip
 
@@ -77,21 +83,21 @@ class Threads:
             tensor.copy_(mean)
 
 
-def remembering(batch=3):
+def remembering(batch=3, further=()):
     """Old instructions, and a teacher that writes something for them."""
-    teacher, pairs = Generator(tiny_config(), dtype=torch.float64).initialize(5).requires_grad_(False), Pairs()
+    teacher, pairs = Generator(tiny_config(further), dtype=torch.float64).initialize(5).requires_grad_(False), Pairs()
     torch.nn.init.normal_(teacher.model.proj_out_B.weight, std=0.1, generator=torch.Generator().manual_seed(5))
     samples = [pairs.sample(index, torch.Generator()) for index in range(len(pairs))]
     return WeightSpace([Lesson("memory", samples, GeneratorTrainable(teacher, torch.float64), 0.5, batch)], seed=0)
 
 
-def together(objectives, steps=4, batch=4, lessons=lambda: None, dtype=torch.float32):
+def together(objectives, steps=4, batch=4, lessons=lambda: None, dtype=torch.float32, further=()):
     """Train one process for each objective; returns (trainers, what each raised)."""
     threads, raised = Threads(len(objectives)), [None] * len(objectives)
     trainers = []
     for rank, objective in enumerate(objectives):
         config = TrainConfig(steps=steps, batch=batch, learning_rate=1e-2, warmup=0, ema=0.5)
-        generator = Generator(tiny_config(), dtype=dtype).initialize()
+        generator = Generator(tiny_config(further), dtype=dtype).initialize()
         data = None if objective is None else Pairs()
         member = threads.member(rank)
         trainers.append(
@@ -116,24 +122,27 @@ def largest_difference(one, other):
     return max(float((p - other.parameters[name]).detach().abs().max()) for name, p in one.parameters.items())
 
 
-def test_two_processes_train_as_one():
-    (one,), _ = together([Quadratic()])
-    pair, raised = together([Quadratic(), Quadratic()])
+@STACKS
+def test_two_processes_train_as_one(further):
+    (one,), _ = together([Quadratic()], further=further)
+    pair, raised = together([Quadratic(), Quadratic()], further=further)
     assert raised == [None, None]
     assert largest_difference(*pair) == 0
     assert largest_difference(one, pair[0]) < 1e-5
 
 
 @pytest.mark.parametrize("objective", [Quadratic, lambda: None], ids=["beside the loss", "alone"])
-def test_two_processes_remember_as_one(objective):
+@STACKS
+def test_two_processes_remember_as_one(objective, further):
     """Three old instructions of a step are shared out unevenly."""
-    (one,), _ = together([objective()], lessons=remembering, dtype=torch.float64)
-    pair, raised = together([objective(), objective()], lessons=remembering, dtype=torch.float64)
+    how = {"lessons": partial(remembering, further=further), "dtype": torch.float64, "further": further}
+    (one,), _ = together([objective()], **how)
+    pair, raised = together([objective(), objective()], **how)
     assert raised == [None, None]
     assert largest_difference(*pair) == 0
     assert largest_difference(one, pair[0]) < 1e-9
     if objective() is not None:
-        (without,), _ = together([objective()], dtype=torch.float64)
+        (without,), _ = together([objective()], dtype=torch.float64, further=further)
         assert largest_difference(one, without) > 1e-3
 
 

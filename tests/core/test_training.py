@@ -20,7 +20,7 @@ from hywu_core.training import (
     Trainer,
     TrainingError,
 )
-from hywu_core.training.data import batch_of
+from hywu_core.training.data import batch_of, buckets_of, epoch_order
 from hywu_core.training.memory import graph_bytes
 from hywu_core.training.state import StateError
 from hywu_core.training.trainable import diversity_loss, leaves
@@ -273,6 +273,67 @@ def test_processes_share_what_one_process_draws():
     parts = batch_of(pairs, 3, 7, 4, slice(0, 2)) + batch_of(pairs, 3, 7, 4, slice(2, 4))
     assert [d.sample.key for d in whole] == [d.sample.key for d in parts]
     assert all(torch.equal(a.sample.latent, b.sample.latent) for a, b in zip(whole, parts, strict=True))
+
+
+class SeveralSizes(Pairs):
+    """The pictures' sizes, in turn as `kinds` says."""
+
+    def __init__(self, kinds):
+        super().__init__(len(kinds))
+        self.kinds = kinds
+
+    def sizes(self):
+        return [(2, 3 + kind) for kind in self.kinds]
+
+    def sample(self, index, source):
+        sample = super().sample(index, source)
+        return sample._replace(latent=torch.randn(2, 3 + self.kinds[index], generator=source))
+
+
+@pytest.mark.parametrize(("kinds", "batch"), [([0] * 9 + [1] * 5 + [2], 4), ([0, 1] * 8, 4), ([0] * 6 + [1] * 7, 1)])
+def test_batches_are_of_one_size_and_every_pair_comes_once_an_epoch(kinds, batch):
+    pairs, epochs = SeveralSizes(kinds), 4
+    buckets, steps = buckets_of(pairs), epochs * len(kinds)
+    order = [batch_of(pairs, 3, step, batch, slice(None), buckets) for step in range(steps // batch)]
+    keys = [draw.sample.key for draws in order for draw in draws]
+    for start in range(0, len(keys) - len(kinds) + 1, len(kinds)):
+        assert len(set(keys[start : start + len(kinds)])) == len(kinds)
+    mixed = sum(len({draw.sample.latent.shape for draw in draws}) > 1 for draws in order)
+    assert mixed <= epochs * len(set(kinds)) and (batch > 1 or not mixed)
+    if min(kinds.count(kind) for kind in set(kinds)) % batch == 0 and len(kinds) % batch == 0:
+        assert mixed == 0
+    without = [batch_of(pairs, 3, step, batch, slice(None)) for step in range(steps // batch)]
+    if batch > 1:
+        assert sum(len({draw.sample.latent.shape for draw in draws}) > 1 for draws in without) > mixed
+    ends = keys[: len(kinds)], keys[-len(kinds) :]
+    assert ends[0] != ends[1], "epochs have orders of their own"
+
+
+def test_pairs_of_one_size_are_drawn_as_without_buckets():
+    assert buckets_of(SeveralSizes([1] * 6)) is None and buckets_of(Pairs(6)) is None
+    for epoch in range(3):
+        plain, bucketed = (epoch_order(5, epoch, 7, 3, given) for given in (None, torch.zeros(7, dtype=torch.long)))
+        assert torch.equal(plain, bucketed)
+
+
+def test_processes_share_a_bucketed_batch_and_a_resumed_run_draws_the_same(tmp_path):
+    pairs = SeveralSizes([0, 1, 0, 1, 1, 0, 2])
+    buckets = buckets_of(pairs)
+    for step in range(6):
+        whole = batch_of(pairs, 3, step, 4, slice(0, 4), buckets)
+        parts = [d for start in (0, 2) for d in batch_of(pairs, 3, step, 4, slice(start, start + 2), buckets)]
+        assert [d.sample.key for d in whole] == [d.sample.key for d in parts]
+
+    def run():
+        config = TrainConfig(steps=8, batch=4, learning_rate=3e-3)
+        return Trainer(GeneratorTrainable(Generator(tiny_config()).initialize(0)), Quadratic(), pairs, config)
+
+    whole, begun, again = run(), run(), run()
+    whole.run()
+    begun.run(on_step=lambda report: report.step == 2, save_to=tmp_path / "state.safetensors")
+    again.resume(tmp_path / "state.safetensors")
+    again.run()
+    assert all(torch.equal(p, again.parameters[name]) for name, p in whole.parameters.items())
 
 
 def test_no_pairs_is_an_error():

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from hywu_core.bases import pocket
-from hywu_core.host.training import base_files, pairs_of_folder
+from hywu_core.host import memory
+from hywu_core.host.training import base_files, buckets, pairs_of_folder
 from hywu_core.host.training.pair_lists import PairError, rows_of
 from hywu_core.host.training.pairs_of_folder import EncodedPairs, Encoders, Reading, fingerprint, hold_out, read_pairs
 
@@ -289,3 +290,73 @@ def test_a_base_is_known_by_its_bytes(tmp_path):
     second.write_bytes(data.numpy().tobytes())
     assert base_files.fingerprint([first]) != base_files.fingerprint([second])
     assert pairs_of_folder.PairError is PairError
+
+
+@pytest.mark.parametrize("size", [16, 64, 100, 512, 1024])
+def test_shapes_of_a_size_hold_at_most_its_pixels_and_little_less(size):
+    found = buckets.shapes(size)
+    step = min(64, size // 8)
+    assert len(set(found)) == len(found) >= 5
+    for width, height in found:
+        assert width % step == height % step == 0 and width * height <= size * size
+        assert max(width, height) <= 2 * min(width, height)
+        assert width * (height + step) > size * size
+    assert buckets.nearest(size, 30, 30)[0] == buckets.nearest(size, 30, 30)[1]
+    for width, height in found:
+        assert buckets.nearest(size, 3 * width, 3 * height) == (width, height)
+    widest = buckets.nearest(size, 900, 100)
+    assert widest == max(found, key=lambda shape: shape[0] / shape[1])
+
+
+def test_pictures_of_several_shapes_keep_them_in_buckets(folder, encoders):
+    for name, size in (("a", (60, 40)), ("b", (20, 40))):
+        picture(folder / f"{name}.png", size=size)
+        picture(folder / f"{name}2.png", size=size)
+    read(folder, "pairs.jsonl", lines(GOOD, {"source": "b.png", "target": "b2.png", "instruction": "cool"}))
+    reading = Reading(size=32, buckets=True)
+    pairs = EncodedPairs(read_pairs(folder, 32), folder / "kept", "base", reading)
+    pairs.encode(pairs.missing(), encoders, lambda done, total: None)
+    sides = []
+    for index, (width, height) in enumerate(pairs.sizes()):
+        tensors, _ = pairs._kept(index)
+        assert tensors["source"].shape == tensors["target"].shape == (1, 3, height, width)
+        sides.append(width / height)
+    assert sides[0] > 1 > sides[1]
+    square = EncodedPairs(pairs.pairs, folder / "kept", "base", Reading(size=32))
+    assert square.sizes() == [(32, 32)] * 2 and square.missing() == [0, 1], "squares are other files"
+
+
+def test_a_size_that_makes_an_empty_latent_is_named(folder, encoders):
+    read(folder, "pairs.jsonl", lines(GOOD, {"source": "b.png", "target": "b2.png", "instruction": "cool"}))
+    pairs = EncodedPairs(read_pairs(folder, 1), folder / "kept", "base", Reading(size=1))
+    with pytest.raises(PairError, match="size 1 brings pictures to 1 pixels, .*empty latent. Give a larger size"):
+        pairs.encode([0], encoders, lambda done, total: None)
+    assert not (folder / "kept").exists()
+
+
+def test_wordings_are_drawn_and_captions_dropped_for_the_base_alone(folder, encoders):
+    several = GOOD | {"instruction": ["warm", "warmer please", "warm"]}
+    read(folder, "pairs.jsonl", lines(several, {"source": "b.png", "target": "b2.png", "instruction": "cool"}))
+    pairs = encoded(folder, encoders, Reading(caption_dropout=0.4))
+    assert sorted(encoders.clip.texts) == ["", "cool", "warm", "warmer please"]
+    assert pairs.pairs[0].wordings == ("warm", "warmer please")
+    handle = memory.new_for(pocket.load_pocket_editor()[0], [_entry(pairs, 0, "text")], "instruction", seed=0)
+    pairs.config = handle.config
+    drawn = [pairs.sample(0, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    parts = ("text", "text1", "silence")
+    words = {part: _entry(pairs, 0, part)[0] for part in parts}
+    bases = [next(part for part in parts if torch.equal(words[part], s.conditioning[0])) for s in drawn]
+    assert 0.3 < bases.count("silence") / len(bases) < 0.5
+    conditions = [str(sample.condition.sum().item()) for sample in drawn]
+    assert len(set(conditions)) == 2, "the generator reads each wording, and never silence"
+    assert 70 < conditions.count(conditions[0]) < 130
+    for base, condition in zip(bases, conditions, strict=True):
+        if base != "silence":
+            same = [c for b, c in zip(bases, conditions, strict=True) if b == base]
+            assert set(same) == {condition}, "base and generator are told in the same words"
+    again = pairs.sample(0, torch.Generator().manual_seed(7))
+    assert torch.equal(again.condition, drawn[7].condition)
+
+
+def _entry(pairs, index, part):
+    return pairs_of_folder._entry(*pairs._kept(index), part, pairs.reading)

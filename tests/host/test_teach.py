@@ -121,6 +121,12 @@ def test_taught_saved_loaded_and_used(studio, output):
     assert memory.generate(again, words).batch == 1
 
 
+def test_as_many_old_instructions_as_the_measured_default_go_with_a_batch():
+    assert teach.with_steps(teach.TEACH).memory_batch == teach.TEACH.memory_batch == 2 * teach.TEACH.batch
+    assert teach.with_steps(teach.TEACH, batch=4, steps=50).memory_batch == 8
+    assert teach.with_steps(teach.TEACH, batch=4, memory_batch=3).memory_batch == 3
+
+
 def test_progress_shows_old_and_new_side_by_side(studio, output, monkeypatch):
     said = []
     monkeypatch.setattr(in_server.ServerFront, "show", lambda self, progress: said.append(str(progress)))

@@ -18,7 +18,7 @@ from hywu_core.host import conditions, memory
 from hywu_core.host.lora.apply import apply_lora
 from hywu_core.host.training import evaluate, in_server, pairs_of_lists, session
 from hywu_core.host.training.identity import digest_of_base
-from hywu_core.host.training.objective import differentiable_base
+from hywu_core.host.training.objective import DiffusionObjective, differentiable_base
 from hywu_core.training import SessionOptions, TrainConfig, TrainingError
 
 PAIRS = 6
@@ -99,6 +99,47 @@ def test_one_run_or_two_with_a_pause_give_the_same_generator():
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert whole.losses["loss"][:3] == pytest.approx(again.losses["loss"][:3], rel=1e-5)
     assert again.steps == 6 and len(again.losses["loss"]) == 6
+
+
+def of_two_sizes(family, wide=4, tall=4):
+    """Pairs as `pairs` makes them, some of which are wide and some tall, in turn."""
+    latents, positive = pairs(family, wide + tall)
+    kinds = [index % 2 == 0 for index in range(2 * min(wide, tall))] + [wide > tall] * abs(wide - tall)
+    for latent, entry, is_wide in zip(latents, positive, kinds, strict=True):
+        part = (..., slice(None), slice(2)) if is_wide else (..., slice(2), slice(None))
+        latent["samples"] = latent["samples"][part]
+        entry[0][1]["reference_latents"] = [entry[0][1]["reference_latents"][0][part]]
+    return latents, positive
+
+
+def test_pictures_of_two_sizes_train_in_batches_of_one(monkeypatch):
+    family = flux(channels=16)
+    latents, positive = of_two_sizes(family)
+    sizes = {tuple(latent["samples"].shape) for latent in latents}
+    assert len(sizes) == 2
+    handle, passes = new(family, positive), []
+    losses = DiffusionObjective._losses
+    monkeypatch.setattr(
+        DiffusionObjective,
+        "_losses",
+        lambda self, noised: (passes.append(noised.latents.shape), losses(self, noised))[1],
+    )
+    whole = run(family, handle, latents, positive, steps=8, name="whole")
+    trained = [shape for shape in passes if len(shape) and shape[0] == 4]
+    assert len(trained) >= 8 and len({shape[1:] for shape in trained}) == 2, "a pass for each batch of four"
+    assert not [shape for shape in passes if shape[0] not in (4,)], "no batch was taken apart"
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        interrupted_after(3, lambda: run(family, handle, latents, positive, steps=8, name="paused"))
+    again = run(family, handle, latents, positive, steps=8, name="paused")
+    assert same(whole.handle, again.handle)
+
+
+def test_one_odd_pair_costs_one_more_pass_and_its_batch_has_the_same_gradients():
+    family = flux(channels=16)
+    latents, positive = of_two_sizes(family, wide=5, tall=1)
+    together = run(family, new(family, positive), latents, positive, steps=3, batch=6, name="together")
+    alone = run(family, new(family, positive), latents, positive, steps=3, batch=6, micro_batch=1, name="alone")
+    assert together.losses["loss"] == pytest.approx(alone.losses["loss"], rel=1e-4)
 
 
 def interrupted_after(steps, work):

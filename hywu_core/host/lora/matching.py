@@ -89,7 +89,7 @@ def match(lora: InstanceLora, base: Any) -> Matches:
         MatchError: if nothing matches, or a matching layer has another shape.
         LoraError: if the host cannot read a part of another tool's LoRA.
     """
-    layers = _Layers(base)
+    layers = _Layers(base, lora)
     matched, patches, missing = [], [], []
     for name, pair in _with_banks(lora, layers).items():
         found = layers.find(name, pair, lora.scale)
@@ -124,7 +124,7 @@ def canonical(lora: InstanceLora, base: Any) -> InstanceLora:
     Raises:
         MatchError: if nothing matches, or a matching layer has another shape.
     """
-    layers = _Layers(base)
+    layers = _Layers(base, lora)
     matches = match(lora, base)
     pairs: dict[str, list[LoraFactor]] = {}
     foreign = set()
@@ -146,8 +146,9 @@ def canonical(lora: InstanceLora, base: Any) -> InstanceLora:
 class _Layers:
     """The weights of a base by the names that LoRAs have for them."""
 
-    def __init__(self, base: Any):
+    def __init__(self, base: Any, lora: InstanceLora):
         self.base = base
+        self.made_for = f" ({lora.metadata['base']})" if lora.metadata.get("base") else ""
         self.modules = dict(named_modules(getattr(base, ROOT)))
 
     @cached_property
@@ -211,7 +212,7 @@ class _Layers:
                 pair = LoraFactor(pair.down, pair.up[..., rows, :])
             start, length = (0, None) if offset is None else offset[1:]
             where = Placement(key.removeprefix(f"{ROOT}.").removesuffix(WEIGHT), start, length, total)
-            _check_shape(name, pair, where, layer)
+            _check_shape(name, pair, where, layer, self.made_for)
             return Match(name, pair, where.module, start, length, layer.channels_first)
         if key not in self.keys or pair.grouped:
             return None
@@ -274,7 +275,7 @@ def _rows(function: Any, rows: int) -> torch.Tensor | None:
     return order.long() if torch.equal(order.sort().values, numbers.flatten()) else None
 
 
-def _check_shape(name: str, pair: LoraFactor, where: Placement, layer: Layer) -> None:
+def _check_shape(name: str, pair: LoraFactor, where: Placement, layer: Layer, made_for: str) -> None:
     lead = () if layer.experts is None else (layer.experts,)
     rows = layer.out_features if where.length is None else where.length
     expected = (*lead, rows, layer.in_features)
@@ -287,7 +288,7 @@ def _check_shape(name: str, pair: LoraFactor, where: Placement, layer: Layer) ->
             f"{name}: the LoRA changes a weight of shape {found}, but {where.module} of this model has rows "
             f"{where.start} to {where.start + rows} of ({layer.out_features}, {layer.in_features})"
             f"{'' if layer.experts is None else f' in each of {layer.experts} experts'}. "
-            "The LoRA was generated for another base; load the base that its generator was trained for."
+            f"The LoRA was generated for another base{made_for}; load the base that its generator was trained for."
         )
 
 

@@ -138,13 +138,16 @@ class PairsOfFolder:
     def __init__(self, run: RunConfig, base: Base):
         refuse_untrainable(base.model.model)  # before hours of encoding
         pairs, held_out = _read(run)
-        reading = Reading(run.side, run.regime, run.text_sees_source, run.guidance, run.background)
+        reading = Reading(
+            run.side, run.regime, run.text_sees_source, run.guidance, run.background, run.buckets, run.caption_dropout
+        )
         encoders = base_files.fingerprint(base.files)
         self.base = base
-        self.sets = [EncodedPairs(some, Path(run.output) / KEPT, encoders, reading) for some in (pairs, held_out)]
+        kept, measured = Path(run.output) / KEPT, reading._replace(caption_dropout=0.0)
+        self.sets = [EncodedPairs(pairs, kept, encoders, reading), EncodedPairs(held_out, kept, encoders, measured)]
         self.identity = {"encoders": encoders, **_identity(pairs), "held_out": digest(_identity(held_out).items())}
         self.origin = f"{len(pairs) + len(held_out)} pairs {self.identity['pictures']}"
-        self.instructions = as_kept(pair.instruction for pair in pairs)
+        self.instructions = as_kept(text for pair in pairs for text in pair.wordings)
 
     def encode(self, progress: Callable[[int, int], None], communication: Accelerated) -> None:
         encoders = None
@@ -235,7 +238,7 @@ def _read(run: RunConfig) -> tuple[list[Pair], list[Pair]]:
 def _identity(pairs: Sequence[Pair]) -> dict[str, str]:
     return {
         "pictures": digest([[pair.source_digest, pair.target_digest] for pair in pairs]),
-        "instructions": digest([pair.instruction for pair in pairs]),
+        "instructions": digest([list(pair.wordings) if pair.others else pair.instruction for pair in pairs]),
     }
 
 

@@ -1,6 +1,6 @@
 """Which pictures of a folder make pairs, and what is asked for in each: lists and the layouts of other trainers.
 
-- `pairs.jsonl` or `pairs.csv` with source, target and instruction
+- `pairs.jsonl` or `pairs.csv` with source, target and instruction; in a .jsonl the instruction may be a list of wordings
 - `metadata.jsonl` or `metadata.csv` as datasets of the hub have them (`source_file_name`, `target_file_name`, `edit_prompt`)
 - a folder of sources and a folder of targets with pictures of the same names, and a text file beside each target
 """
@@ -57,6 +57,7 @@ class Row(NamedTuple):
     target: Path
     instruction: str
     where: str  # file and line that name it
+    others: tuple[str, ...] = ()  # further wordings of the instruction
 
 
 def rows_of(folder: Path) -> tuple[list[Row], list[str]]:
@@ -191,13 +192,17 @@ def _row(folder: Path, values: Any, where: str, problems: list[str]) -> Row | No
         return None
     for column in COLUMNS:
         value = values[columns[column]] if column in columns else None
-        if not isinstance(value, str) or not value.strip():
+        several = column == "instruction" and isinstance(value, list) and value
+        if not all(isinstance(text, str) and text.strip() for text in (value if several else [value])):
             problems.append(
-                f"{where}: {column} is missing or empty. Every pair has {', '.join(COLUMNS)}, all of them text."
+                f"{where}: {column} is missing or empty. Every pair has {', '.join(COLUMNS)}, all of them text; an "
+                "instruction may be a list of several wordings."
             )
             return None
     source, target = (_existing(folder, values[columns[name]], where, problems) for name in ("source", "target"))
-    return Row(source, target, values[columns["instruction"]], where) if source and target else None
+    found = values[columns["instruction"]]
+    wordings = list(dict.fromkeys(found)) if isinstance(found, list) else [found]
+    return Row(source, target, wordings[0], where, tuple(wordings[1:])) if source and target else None
 
 
 def _existing(folder: Path, name: str, where: str, problems: list[str]) -> Path | None:

@@ -22,11 +22,13 @@ from ...files.safetensors import open_safetensors, write_safetensors
 from ...training.data import Sample
 from .. import pictures
 from ..conditions import from_host
+from .buckets import nearest
 from .pair_lists import PairError, Row, refuse, rows_of
 
 SAME_SHAPE = 0.01  # relative difference of aspect ratios up to which pictures are cut to one size
 OPTIONS = "options"  # of a kept file's metadata: what a CONDITIONING holds beside tensors
 SOURCE, TARGET, TEXT = "source", "target", "text"  # what kept files hold, the first word of their names
+SILENCE = "silence"  # the text of nothing, where the base is not told the instruction
 LATENT, VISION = "latent", "vision"  # tensors in those of pictures
 
 
@@ -37,14 +39,20 @@ class Pair(NamedTuple):
     target: Path
     instruction: str
     where: str  # file and line that name it
+    others: tuple[str, ...]  # further wordings of the instruction
     source_digest: str  # of the file's bytes
     target_digest: str
-    smallest: int  # the shortest side of both pictures, in pixels
+    size: tuple[int, int]  # width and height of the source picture, in pixels
 
     @property
     def key(self) -> str:
         """A short name for errors and logs."""
         return f"{self.source.name} -> {self.target.name}"
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Every way in which it is asked for."""
+        return self.instruction, *self.others
 
 
 class Encoders(NamedTuple):
@@ -63,6 +71,14 @@ class Reading(NamedTuple):
     text_sees_source: bool = False
     guidance: float = 0.0  # 0: the base's default
     background: str = pictures.BACKGROUND  # colour under transparent pixels
+    buckets: bool = False  # with a size: cut to shapes of about so many pixels instead of squares
+    caption_dropout: float = 0.0  # share of the draws in which the base is not told; the generator always is
+
+    def size_of(self, pair: Pair) -> tuple[int, int]:
+        """(width, height) to which both pictures of a pair are brought."""
+        if not self.size:
+            return pair.size
+        return nearest(self.size, *pair.size) if self.buckets else (self.size, self.size)
 
 
 def read_pairs(folder: Path, size: int = 0, background: str = pictures.BACKGROUND) -> list[Pair]:
@@ -111,7 +127,7 @@ def hold_out(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
     """Of the pictures' bytes and the instructions, in their order: what decides which pair a step of a run sees."""
-    return _digest([[pair.source_digest, pair.target_digest, pair.instruction] for pair in pairs])[:16]
+    return _digest([[pair.source_digest, pair.target_digest, *pair.wordings] for pair in pairs])[:16]
 
 
 class EncodedPairs:
@@ -129,6 +145,10 @@ class EncodedPairs:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """See `hywu_core.training.data.Sized`: in pixels."""
+        return [self.reading.size_of(pair) for pair in self.pairs]
 
     def missing(self) -> list[int]:
         """Indices of the pairs of which something is not encoded yet."""
@@ -152,13 +172,18 @@ class EncodedPairs:
             progress(done + 1, len(indices))
 
     def sample(self, index: int, source: torch.Generator) -> Sample:
-        """The pair at an index; nothing of it is drawn."""
-        tensors, options = self._kept(index)
-        part = "silence" if self.reading.regime == "blind" else "text"
-        condition = assemble(self._condition(tensors, options), self.config)[0]
-        return Sample(
-            tensors[TARGET][0], _entry(tensors, options, part, self.reading), condition, self.pairs[index].key
-        )
+        """The pair at an index. Drawn are the wording, where there are several, and whether the base is told."""
+        pair, (tensors, options) = self.pairs[index], self._kept(index)
+        wording = TEXT
+        if pair.others:
+            wording = _wording(int(torch.randint(len(pair.wordings), (), generator=source)))
+        dropped = self.reading.caption_dropout
+        told = self.reading.regime != "blind"
+        if told and dropped:
+            told = float(torch.rand((), generator=source)) >= dropped
+        entry = _entry(tensors, options, wording if told else SILENCE, self.reading)
+        condition = assemble(self._condition(tensors, options, wording), self.config)[0]
+        return Sample(tensors[TARGET][0], entry, condition, pair.key)
 
     def sources(self, count: int) -> list[tuple[Tensor, Tensor | None, Any]]:
         """(latent, pixels where the text encoder sees them, what a vision model gave) of at most so many source pictures."""
@@ -175,22 +200,28 @@ class EncodedPairs:
         """What there is for a generator to read."""
         return self._condition(*self._kept(index))
 
-    def _condition(self, tensors: dict[str, Tensor], options: dict[str, Any]) -> Condition:
+    def _condition(self, tensors: dict[str, Tensor], options: dict[str, Any], wording: str = TEXT) -> Condition:
         vision = {"last_hidden_state": tensors[VISION]} if VISION in tensors else None
-        return from_host([_entry(tensors, options, "text", self.reading)], vision)
+        return from_host([_entry(tensors, options, wording, self.reading)], vision)
 
     def _latents(self, pair: Pair) -> tuple[Path, Path]:
-        return self._file(SOURCE, pair.source_digest), self._file(TARGET, pair.target_digest)
+        return self._file(pair, SOURCE, pair.source_digest), self._file(pair, TARGET, pair.target_digest)
 
     def _texts(self, pair: Pair) -> dict[str, Path]:
         """{part: file}: one for each instruction, unless the encoder sees the picture as well."""
-        words = {"text": pair.instruction} | ({"silence": ""} if self.reading.regime == "blind" else {})
         seen = [pair.source_digest] if self.reading.text_sees_source else []
-        return {part: self._file(TEXT, text, *seen) for part, text in words.items()}
+        return {part: self._file(pair, TEXT, text, *seen) for part, text in self._words(pair).items()}
 
-    def _file(self, kind: str, *content: str) -> Path:
+    def _words(self, pair: Pair) -> dict[str, str]:
+        """{part: text}."""
+        words = {_wording(number): text for number, text in enumerate(pair.wordings)}
+        silent = self.reading.regime == "blind" or self.reading.caption_dropout
+        return words | ({SILENCE: ""} if silent else {})
+
+    def _file(self, pair: Pair, kind: str, *content: str) -> Path:
         looks = kind != TEXT or self.reading.text_sees_source
-        how = [self.reading.size, self.reading.background] if looks else []
+        size = self.reading.size_of(pair) if self.reading.buckets else self.reading.size
+        how = [size, self.reading.background] if looks else []
         return self.kept / f"{kind}-{_digest([self.base, *how, *content])[:24]}.safetensors"
 
     def _encode(self, pair: Pair, encoders: Encoders) -> None:
@@ -205,11 +236,12 @@ class EncodedPairs:
             if not target.exists():
                 picture = _picture(pair.target, pair, self.reading)
                 write_safetensors(target, {LATENT: _latent(encoders.vae, picture, pair.target, pair)})
+            words = self._words(pair)
             for part, file in self._texts(pair).items():
                 if not file.exists():
                     sees = self.reading.text_sees_source
                     shown = {"images": [_picture(pair.source, pair, self.reading)]} if sees else {}
-                    tokens = encoders.clip.tokenize(pair.instruction if part == "text" else "", **shown)
+                    tokens = encoders.clip.tokenize(words[part], **shown)
                     tensors, options = _split(encoders.clip.encode_from_tokens(tokens, return_dict=True), pair)
                     write_safetensors(file, tensors, {OPTIONS: json.dumps(options)})
 
@@ -245,13 +277,23 @@ def _problem(row: Row, facts: dict[Path, pictures.Facts], size: int) -> str:
 
 
 def _pair(row: Row, before: pictures.Facts, after: pictures.Facts) -> Pair:
-    return Pair(*row, before.digest, after.digest, min(before.width, before.height, after.width, after.height))
+    return Pair(*row, before.digest, after.digest, (before.width, before.height))
+
+
+def _wording(number: int) -> str:
+    """The part of a pair's tensors that one of its wordings is."""
+    return f"{TEXT}{number or ''}"
 
 
 def _refuse_small(pairs: Sequence[Pair], vae: Any, reading: Reading) -> None:
-    sides = [reading.size or pair.smallest for pair in pairs]
+    sides = [min(reading.size_of(pair)) for pair in pairs]
     probe = torch.zeros(1, 1, 1, 3)
     nothing = {side for side in set(sides) if not vae.vae_encode_crop_pixels(probe.expand(1, side, side, 3)).numel()}
+    if nothing and reading.size:
+        raise PairError(
+            f"size {reading.size} brings pictures to {max(nothing)} pixels, of which this base's VAE makes an empty latent. "
+            "Give a larger size."
+        )
     refuse(
         [
             f"{pair.where}: a picture is only {side} pixels wide or high, too few for this base's VAE. "
@@ -264,7 +306,7 @@ def _refuse_small(pairs: Sequence[Pair], vae: Any, reading: Reading) -> None:
 
 def _picture(path: Path, pair: Pair, reading: Reading) -> Tensor:
     try:
-        return pictures.read(path, reading.size, reading.background)
+        return pictures.read(path, reading.size_of(pair) if reading.size else 0, reading.background)
     except pictures.PictureError as error:
         raise PairError(f"{pair.where}: {error}") from None
 

@@ -53,6 +53,10 @@ class HostPairs(Sequence):
         condition = assemble(pair.condition, self.config)[0].float()
         return Sample(pair.latent, pair.entry, condition, pair.key)
 
+    def sizes(self) -> list[tuple[int, ...]]:
+        """See `hywu_core.training.data.Sized`: of the latents."""
+        return [tuple(pair.latent.shape) for pair in self.kept]
+
     @property
     def samples(self) -> Sequence[Sample]:
         """The pairs, each put together when it is asked for."""

@@ -9,6 +9,7 @@ been its last.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +38,7 @@ from ...training import (
     TrainConfig,
     Trainer,
 )
-from ...training.data import batch_of
+from ...training.data import Sized, batch_of
 from ...training.log import STATE
 from ...training.memory import graph_bytes
 from ...training.options import PRECISIONS
@@ -45,6 +46,7 @@ from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss
 from ...training.weight_space import WeightSpace
 from .. import memory
+from ..engine import refuse_beyond
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
 from .identity import begun, claim, digest_of_base
@@ -151,6 +153,7 @@ class Session:
     Raises:
         MatchError: if generator and model do not fit, or the model cannot be trained on.
         TrainingError: if the folder holds another run. SaveError: if it cannot be written to.
+        GenerationError: if it needs more memory than there is.
     """
 
     def __init__(
@@ -188,9 +191,16 @@ class Session:
         self.begun = begun(self.folder) if self.main else ""
         trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
         pairs = self.task.pairs if self.objective else None
-        self._room = self._needed(trainable, config, pairs.sample(0, torch.Generator()) if pairs else None)
+        self._room = self._needed(trainable, config, _largest(pairs) if pairs else None)
         size = summary(self.generator.config, self.patcher.model_size())
         self.front.say(f"{size}, about {self._room / 1e9:.1f} GB of memory beside the base while it is trained.")
+        at_once = config.micro_batch or config.batch
+        refuse_beyond(
+            self.patcher.load_device,
+            self._room,
+            f"Training with {at_once} pairs at a time",
+            "Set micro_batch to a smaller number than batch_size: the same steps, less at a time. Or use smaller pictures.",
+        )
         self.load()
         lessons = WeightSpace([found.lesson for found in self.task.lessons], config.seed)
         self.trainer = Trainer(trainable, self.objective, pairs, config, communication, self.front.check, lessons)
@@ -297,7 +307,7 @@ class Session:
         return [patcher for found in self.task.lessons for patcher in found.patchers]
 
     def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, pair: Sample | None) -> int:
-        """Bytes beside the weights, for a run on pairs like one, or on lessons in weight space alone."""
+        """Bytes beside the weights, for a run on pairs no larger than one, or on lessons in weight space alone."""
         weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
         samples = [*([pair] if pair else ()), *(found.lesson.samples[0] for found in self.task.lessons)]
         length = max(sample.condition.shape[0] for sample in samples)
@@ -404,6 +414,12 @@ def _cell(model: comfy.model_patcher.ModelPatcher) -> int:
 def _some(count: int) -> list[int]:
     """At most MET indices of so many, evenly chosen."""
     return [place * count // MET for place in range(MET)] if count > MET else list(range(count))
+
+
+def _largest(pairs: SampleSource) -> Sample:
+    """The pair that needs most memory, as far as their sizes are known."""
+    sizes = [math.prod(size) for size in pairs.sizes()] if isinstance(pairs, Sized) else [0]
+    return pairs.sample(sizes.index(max(sizes)), torch.Generator())
 
 
 def _mean(losses: list[float]) -> float | None:
