@@ -121,7 +121,7 @@ def on_cards() -> set[str]:
                 part for one in spoken for part in ([one.body, one.orelse] if isinstance(one, ast.IfExp) else [one])
             ]
             texts = [one.value for one in either if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-            found |= {one for one in texts if one[:1].isupper()}
+            found |= {one for one in texts if one[:1].isupper() and not one.isupper()}  # units are no words
     return found
 
 
