@@ -4,12 +4,29 @@ from comfy_api.latest import io
 
 from ..hywu_core.host import cards
 from ..hywu_core.host.lora import charts, lora_cards, store
-from .types import Lora
+from .types import lora_input, lora_outputs
+
+MOST_SLIDERS = 8
 
 
 def _loras_input(minimum: int, tooltip: str) -> io.Autogrow.Input:
-    template = io.Autogrow.TemplatePrefix(Lora.Input("lora", tooltip=tooltip), prefix="lora", min=minimum, max=50)
+    template = io.Autogrow.TemplatePrefix(lora_input(tooltip), prefix="lora", min=minimum, max=50)
     return io.Autogrow.Input("loras", template=template, tooltip=tooltip)
+
+
+def _sliders(count: int) -> list[io.Float.Input]:
+    return [
+        io.Float.Input(
+            f"weight{place}",
+            default=0.5,
+            min=-2.0,
+            max=2.0,
+            step=0.01,
+            display_mode=io.NumberDisplay.slider,
+            tooltip=f"Weight of the LoRA number {place}.",
+        )
+        for place in range(1, count + 1)
+    ]
 
 
 class HYWUBlendLoRAs(io.ComfyNode):
@@ -37,13 +54,25 @@ class HYWUBlendLoRAs(io.ComfyNode):
                     max=1024,
                     tooltip="0 keeps the exact blend, whose rank is the sum of all. Any other number cuts it to that rank.",
                 ),
+                io.DynamicCombo.Input(
+                    "sliders",
+                    options=[
+                        io.DynamicCombo.Option("off", []),
+                        *(io.DynamicCombo.Option(str(count), _sliders(count)) for count in range(2, MOST_SLIDERS + 1)),
+                    ],
+                    optional=True,
+                    tooltip="One slider for each LoRA, instead of the weights above.",
+                ),
             ],
-            outputs=[Lora.Output("lora", tooltip="The blend, for Apply Instance LoRA and Save Instance LoRA.")],
+            outputs=lora_outputs("The blend, for Apply Instance LoRA and Save Instance LoRA."),
         )
 
     @classmethod
-    def execute(cls, loras: io.Autogrow.Type, weights, max_rank):
-        return io.NodeOutput(store.blend_from_text(list(loras.values()), weights, max_rank))
+    def execute(cls, loras: io.Autogrow.Type, weights, max_rank, sliders: io.DynamicCombo.Type = None):
+        given = [store.as_instance_lora(lora) for lora in loras.values()]
+        numbers = [value for name, value in (sliders or {}).items() if name != "sliders"]
+        blended = store.blend_of(given, weights, numbers, max_rank)
+        return io.NodeOutput(blended, store.for_the_host(blended), ui=cards.outputs(lora_cards.inspected(blended)))
 
 
 class HYWUInspectLoRA(io.ComfyNode):
@@ -56,7 +85,7 @@ class HYWUInspectLoRA(io.ComfyNode):
             search_aliases=["lora norms", "instance lora", "weights", "analyse lora"],
             description="How much a LoRA changes each weight: the norm of its change by layer and target, as a picture and "
             "as a table.",
-            inputs=[Lora.Input("lora", tooltip="The LoRA to look at. Of a batch, the mean is shown.")],
+            inputs=[lora_input("The LoRA to look at. Of a batch, the mean is shown.")],
             outputs=[
                 io.Image.Output("image", tooltip="Layers down, targets across. The node shows it, too."),
                 io.String.Output("table", tooltip="The same as tab-separated text."),
@@ -65,6 +94,7 @@ class HYWUInspectLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora):
+        lora = store.as_instance_lora(lora)
         image, table = charts.norms_by_layer(lora)
         card = lora_cards.inspected(lora)
         return io.NodeOutput(image, table + store.beside_the_pairs([lora]), ui=cards.outputs(card, image, cls))
@@ -99,7 +129,7 @@ class HYWUCompareLoRAs(io.ComfyNode):
 
     @classmethod
     def execute(cls, loras: io.Autogrow.Type, centred=True):
-        given = list(loras.values())
+        given = [store.as_instance_lora(lora) for lora in loras.values()]
         image, table = charts.cosines_of(given, centred)
         card = lora_cards.compared(given, centred)
         return io.NodeOutput(image, table + store.beside_the_pairs(given), ui=cards.outputs(card, image, cls))

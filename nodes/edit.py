@@ -1,8 +1,8 @@
 """The short way: one node from picture and words to what a sampler takes."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..hywu_core.host import edit, streaming
+from ..hywu_core.host import cards, edit
 from .types import Generator, Lora
 
 
@@ -127,9 +127,7 @@ class HYWUEdit(io.ComfyNode):
         words = edit.Words(conditioning, clip, instruction, empty)
         how = edit.How(strength, mode, start_percent, end_percent, keep_gb)
         done = edit.edit(model, generator, words, edit.Picture(latent, image, vae), how, clip_vision_output)
-        text = f"{done.matches} ({done.matches.how or mode})"
-        streaming.say(text)
-        return io.NodeOutput(*done[:-1], ui=ui.PreviewText(text))
+        return io.NodeOutput(*done[:-1], ui=cards.outputs(done.card))
 
 
 NODES = [HYWUEdit]

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..hywu_core.host import cards, told
 from ..hywu_core.host.lora import apply, lora_cards, store
-from .types import Lora
+from .types import curve_input, lora_input, lora_outputs
 
 
 class HYWUApplyLoRA(io.ComfyNode):
@@ -19,14 +19,15 @@ class HYWUApplyLoRA(io.ComfyNode):
             "follow each other in any order. Strength and schedule can be changed without generating again.",
             inputs=[
                 io.Model.Input("model", tooltip="The base that the LoRA was generated for."),
-                io.MultiType.Input("lora", types=[Lora, io.LoraModel], tooltip="A generated LoRA, or any LORA_MODEL."),
+                lora_input("A generated LoRA."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="1 is what the generator meant. 0 switches it off, negative values turn the edit around.",
+                    tooltip="1 is what the generator meant, 0 switches it off. Negative values take the change away from the "
+                    "model, which is seldom the opposite edit; beyond -2 and 2 pictures fall apart.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -57,14 +58,18 @@ class HYWUApplyLoRA(io.ComfyNode):
                     advanced=True,
                     tooltip="Up to which part of the sampling the LoRA acts. Needs bypass.",
                 ),
+                curve_input(
+                    "What the strength is multiplied by, from the first step (left) to the last one (right): from Curve "
+                    "Editor. Needs bypass."
+                ),
             ],
             outputs=[io.Model.Output("model", tooltip="The model with the LoRA, for any sampler.")],
         )
 
     @classmethod
-    def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0):
+    def execute(cls, model, lora, strength, mode, start_percent=0.0, end_percent=1.0, curve=None):
         lora = store.as_instance_lora(lora)
-        patched, matches = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent)
+        patched, matches = apply.apply_lora(model, lora, strength, mode, start_percent, end_percent, curve)
         card = lora_cards.applied(lora, matches, strength, mode)
         told.watch(patched, lora, cards.of_this_node(), card)
         return io.NodeOutput(patched, ui=cards.outputs(card))
@@ -82,7 +87,7 @@ class HYWUSaveLoRA(io.ComfyNode):
             description="Saves a generated LoRA as an ordinary LoRA file, into the output folder. In the stock format "
             "ComfyUI's own LoRA loader reads it. A batch is saved as one file for each picture.",
             inputs=[
-                Lora.Input("lora", tooltip="The LoRA to save."),
+                lora_input("The LoRA to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="loras/hywu",
@@ -108,6 +113,7 @@ class HYWUSaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, filename_prefix, format, dtype):
+        lora = store.as_instance_lora(lora)
         path = store.save_to_output(lora, filename_prefix, format, store.SAVE_DTYPES[dtype])
         return io.NodeOutput(str(path), ui=cards.outputs(lora_cards.saved(lora, path, store.remarks(lora, format))))
 
@@ -130,7 +136,7 @@ class HYWULoadLoRA(io.ComfyNode):
                     "that LoRAs of several tools can be blended, compared and saved together.",
                 ),
             ],
-            outputs=[Lora.Output("lora", tooltip="For Apply Instance LoRA, Blend, Inspect and Compare.")],
+            outputs=lora_outputs("For Apply Instance LoRA, Blend, Inspect and Compare."),
         )
 
     @classmethod
@@ -139,7 +145,8 @@ class HYWULoadLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, model=None):
-        return io.NodeOutput(store.load(lora, model))
+        loaded = store.load(lora, model)
+        return io.NodeOutput(loaded, store.for_the_host(loaded))
 
 
 NODES = [HYWUApplyLoRA, HYWUSaveLoRA, HYWULoadLoRA]

@@ -45,7 +45,8 @@ def _run_inputs(name: str, defaults) -> list:
             min=1,
             max=4096,
             advanced=True,
-            tooltip="What one step looks at: so many pairs of the new edit and twice as many old instructions, or LoRA files.",
+            tooltip="What one step looks at: so many pairs of the new edit and twice as many old instructions, or LoRA "
+            "files.",
         ),
         io.Int.Input(
             "seed",

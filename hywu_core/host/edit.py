@@ -9,18 +9,19 @@ import comfy.model_patcher
 import node_helpers
 from torch import Tensor
 
+from .. import knowledge
 from ..condition import HIDDEN_STATES, Condition, assemble, expected_parts
-from ..config import GeneratorConfig
 from ..errors import ConditionError
 from ..files.lora_cache import key_of
 from ..lora import InstanceLora
+from .cards import GOOD, NOTICE, Card
 from .conditions import from_host
+from .generator_cards import strange
 from .lora.apply import Mode, apply_lora
-from .lora.matching import Matches
+from .lora.lora_cards import applied
 from .memory import GeneratorHandle, generate
 
 REFERENCES = "reference_latents"
-BLIND, TOLD = "blind", "told"  # whether the base reads the instruction, too
 
 # the last LoRA of every loaded generator, so that another strength does not generate it again
 _last: WeakKeyDictionary[comfy.model_patcher.ModelPatcher, tuple[str, InstanceLora]] = WeakKeyDictionary()
@@ -61,13 +62,7 @@ class Edit(NamedTuple):
     negative: list
     latent: dict
     lora: InstanceLora
-    matches: Matches
-
-
-def is_blind(config: GeneratorConfig) -> bool:
-    """Whether a generator was trained for a base that is told nothing."""
-    training = config.hywu.get("training")
-    return isinstance(training, dict) and training.get("regime") == BLIND
+    card: Card
 
 
 def edit(
@@ -92,9 +87,15 @@ def edit(
     source = latent or {"samples": _reference(read)}
     silent = _silent(words, source)
     base = model if HIDDEN_STATES in dict(expected_parts(handle.config)) else None
-    lora = _written(handle, from_host(read, clip_vision_output, words.instruction, base), how.keep_gb)
+    condition = from_host(read, clip_vision_output, words.instruction, base)
+    lora = _written(handle, condition, how.keep_gb)
     patched, matches = apply_lora(model, lora, how.strength, how.mode, how.start, how.end)
-    return Edit(patched, silent if is_blind(handle.config) else read, silent, source, lora, matches)
+    card = applied(lora, matches, how.strength, how.mode)
+    notices = tuple(strange(handle, condition))
+    if notices:
+        card = card._replace(notes=(*notices, *card.notes), level=NOTICE if card.level == GOOD else card.level)
+    blind = knowledge.reads(handle.config.hywu) == knowledge.BLIND
+    return Edit(patched, silent if blind else read, silent, source, lora, card)
 
 
 def _written(handle: GeneratorHandle, condition: Condition, keep_gb: float) -> InstanceLora:

@@ -29,14 +29,14 @@ def test_weights_as_text(loras):
         return lora.scale * (lora.factors[name].up @ lora.factors[name].down)
 
     expected = 0.7 * dense(a) - 0.2 * dense(b)
-    torch.testing.assert_close(dense(store.blend_from_text(loras, "0.7, -0.2")), expected, atol=1e-5, rtol=1e-5)
-    mean = store.blend_from_text(loras, "")
+    torch.testing.assert_close(dense(store.blend_of(loras, "0.7, -0.2")), expected, atol=1e-5, rtol=1e-5)
+    mean = store.blend_of(loras, "")
     torch.testing.assert_close(dense(mean), (dense(a) + dense(b)) / 2, atol=1e-5, rtol=1e-5)
-    assert mean.rank == 8 and store.blend_from_text(loras, "", max_rank=3).rank == 3
+    assert mean.rank == 8 and store.blend_of(loras, "", max_rank=3).rank == 3
     with pytest.raises(LoraError, match="not numbers"):
-        store.blend_from_text(loras, "a lot")
+        store.blend_of(loras, "a lot")
     with pytest.raises(LoraError, match="2 LoRAs and 3 weights"):
-        store.blend_from_text(loras, "1 2 3")
+        store.blend_of(loras, "1 2 3")
 
 
 def test_norms_stand_where_they_belong(loras):
@@ -75,20 +75,20 @@ def test_cosines_know_the_same_and_the_opposite(loras):
     ],
 )
 def test_weights_as_people_write_them(loras, text, expected):
-    found, right = store.blend_from_text(loras, text), blend(loras, expected)
+    found, right = store.blend_of(loras, text), blend(loras, expected)
     assert all(torch.equal(one.up, two.up) for one, two in zip(found.pairs, right.pairs, strict=True))
 
 
 @pytest.mark.parametrize("text", ["0,5", "1,0", "0,5%"])
 def test_a_comma_that_could_be_either_is_refused(loras, text):
     with pytest.raises(LoraError, match="can mean . and .*, or one number. Write decimals with a point"):
-        store.blend_from_text(loras, text)
+        store.blend_of(loras, text)
 
 
 @pytest.mark.parametrize("text", ["nan 1", "inf 1", "1e999 1", "1,2,x", "% 1", "5%% 1"])
 def test_weights_that_are_no_numbers(loras, text):
     with pytest.raises(LoraError, match="are not numbers"):
-        store.blend_from_text(loras, text)
+        store.blend_of(loras, text)
 
 
 def named(names, seed=0):
@@ -153,7 +153,7 @@ def test_long_work_can_be_cancelled(loras, monkeypatch):
             raise Cancelled
 
     monkeypatch.setattr(progress.comfy.model_management, "throw_exception_if_processing_interrupted", cancel)
-    for work in (lambda: charts.cosines_of(loras), lambda: store.blend_from_text(loras, "", max_rank=3)):
+    for work in (lambda: charts.cosines_of(loras), lambda: store.blend_of(loras, "", max_rank=3)):
         asked.clear()
         with pytest.raises(Cancelled):
             work()
@@ -168,7 +168,7 @@ def test_numbers_that_are_not_finite_are_shown_and_named(loras):
     image, table = charts.norms_by_layer(bad)
     assert torch.isfinite(image).all() and "nan" in table
     with pytest.raises(LoraError, match=f"{name}: the factors hold NaN or infinite values"):
-        store.blend_from_text([bad, loras[1]], "", max_rank=2)
+        store.blend_of([bad, loras[1]], "", max_rank=2)
 
 
 def test_a_lora_without_pairs_is_named(loras):

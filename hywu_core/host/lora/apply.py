@@ -31,6 +31,7 @@ from .experts import ExpertLoraAdapter, foreign_bank
 from .foreign import Patch
 from .forwards import Beside, Part, blocks_not_replayed, replaced_forwards
 from .matching import Match, Matches, as_adapter, match
+from .schedule import Curve, Schedule
 
 KEY = "hywu"
 COMPILE_KEY = "torch.compile"  # the host's own, of its TorchCompileModel node
@@ -43,16 +44,12 @@ class Applied(NamedTuple):
 
     bank: Bank
     strength: float
-    start: float  # fractions of the sampling schedule between which it acts
-    end: float
+    schedule: Schedule
     identity: uuid.UUID
 
-    def acts(self, model_sampling: Any, sigma: torch.Tensor) -> bool:
-        """Whether it acts at this noise level."""
-        if self.start <= 0 and self.end >= 1:
-            return True
-        now = float(sigma.max())
-        return model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start)
+    def at(self, model_sampling: Any, sigma: torch.Tensor) -> Applied:
+        """The same with the strength that it has at this noise level; 0: it does not act."""
+        return self._replace(strength=self.strength * self.schedule.share(model_sampling, sigma))
 
 
 class Acting:
@@ -77,6 +74,7 @@ def apply_lora(
     mode: Mode = "auto",
     start: float = 0.0,
     end: float = 1.0,
+    curve: Curve | None = None,
 ) -> tuple[comfy.model_patcher.ModelPatcher, Matches]:
     """A clone of `model` with the LoRA on it: W' = W + strength * scale * B . A on every matched weight.
 
@@ -86,29 +84,26 @@ def apply_lora(
             offloaded and mixture-of-experts bases, batches and schedules; "auto" is bypass, and merge where that cannot do
             it: on compiled models if merging can, and for what of a LoRA cannot stand beside a layer.
         start, end: fractions of the sampling schedule between which the LoRA acts.
+        curve: what the strength is multiplied by, over the fraction of the sampling that is done.
     Returns:
         the clone, and what matched.
     Raises:
         MatchError: if the LoRA and the model do not fit, or the mode cannot do what is asked.
     """
-    if start > end:
-        raise MatchError(
-            f"The LoRA would start at {start:g} of the sampling and end at {end:g}, so it would never act. "
-            "Make the start smaller than the end."
-        )
+    schedule = Schedule(start, end, curve).check()
     matches = match(lora, model.model)
     clone = model.clone()
     if strength == 0:
         return clone, matches
-    inside = mode == "merge" or (mode == "auto" and _compiled(model) and _merging_can(lora, matches, model, start, end))
+    inside = mode == "merge" or (mode == "auto" and _compiled(model) and _merging_can(lora, matches, model, schedule))
     if inside:
-        _check_merge(lora, matches, model, start, end)
+        _check_merge(lora, matches, model, schedule)
         _merge(clone, [_as_patch(found, lora.scale) for found in matches.matched], strength)
     else:
-        _check_beside(matches, mode, start, end)
+        _check_beside(matches, mode, schedule)
         if matches.matched:
             bank = bank_patcher(matches.matched, lora.scale, clone.load_device)
-            _bypass(clone, bank, Applied(bank.model, strength, start, end, bank.clone_base_uuid))
+            _bypass(clone, bank, Applied(bank.model, strength, schedule, bank.clone_base_uuid))
     if matches.patches:
         _check_object_patches(_keys(matches.patches), model)
         _merge(clone, [patch for _, patches in matches.patches for patch in patches], strength)
@@ -136,7 +131,8 @@ class BypassWrapper:
     ):
         """See the host's BaseModel.apply_model. The base learns from transformer_options["hywu"] what acts on it."""
         base = executor.class_obj
-        acting = tuple(lora for lora in self.loras if lora.acts(base.model_sampling, t))
+        now = (lora.at(base.model_sampling, t) for lora in self.loras)
+        acting = tuple(lora for lora in now if lora.strength)
         options = {**(transformer_options or {}), KEY: Acting(acting)}
         parts = _parts(acting, getattr(base, "current_patcher", None))
         with blocks_not_replayed(), _running(base.diffusion_model, parts, self._besides) as besides:
@@ -270,27 +266,28 @@ def _strength_of(patches: dict[Any, Patch]) -> float:
     return next(iter(patches.values())).strength
 
 
-def _check_beside(matches: Matches, mode: Mode, start: float, end: float) -> None:
+def _check_beside(matches: Matches, mode: Mode, schedule: Schedule) -> None:
     """What acts on a weight as a whole cannot stand beside its layer, and cannot be taken out for a part of the sampling."""
     if not matches.patches:
         return
     remedy = "Use the mode merge or auto, or ComfyUI's own LoRA loader."
-    if start > 0 or end < 1:
+    if not schedule.whole:
         raise MatchError(
-            f"This LoRA has {matches.kinds}, which is in the weights for the whole schedule. Let it act from 0 to 1. {remedy}"
+            f"This LoRA has {matches.kinds}, which is in the weights for the whole schedule. Let it act from 0 to 1, without "
+            f"a curve. {remedy}"
         )
     if mode == "bypass":
         raise MatchError(f"This LoRA has {matches.kinds}, which cannot stand beside a layer. {remedy}")
 
 
-def _check_mergeable(lora: InstanceLora, start: float, end: float) -> None:
+def _check_mergeable(lora: InstanceLora, schedule: Schedule) -> None:
     if lora.batch > 1:
         raise MatchError(
             f"Merging writes one LoRA into the weights, but this one holds {lora.batch} instances. Use the mode bypass."
         )
-    if start > 0 or end < 1:
+    if not schedule.whole:
         raise MatchError(
-            "A merged LoRA is in the weights for the whole schedule. Use the mode bypass for start and end."
+            "A merged LoRA is in the weights for the whole schedule. Use the mode bypass for start, end and curve."
         )
 
 
@@ -326,9 +323,9 @@ def _keys(patches: Iterable[tuple[str, Sequence[Patch]]]) -> Iterator[str]:
 
 
 def _check_merge(
-    lora: InstanceLora, matches: Matches, model: comfy.model_patcher.ModelPatcher, start: float, end: float
+    lora: InstanceLora, matches: Matches, model: comfy.model_patcher.ModelPatcher, schedule: Schedule
 ) -> None:
-    _check_mergeable(lora, start, end)
+    _check_mergeable(lora, schedule)
     _check_banks(matches.matched, model.model)
     _check_object_patches((found.key for found in matches.matched), model)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
@@ -11,11 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ...by_block import place_of
 from ...lora import InstanceLora, cosines, norms
 from .. import progress
 
 # "<stack>.<layer>.<target>", or with the underscores that some trainers write; the first number is the layer
-_PLACE = re.compile(r"^(?P<stack>.*?)[._]?(?<![^._])(?P<layer>\d+)[._](?P<target>.+)$")
 CELL, MARGIN, LINE = 44, 10, 18  # pixels
 WIDE = 640  # pixels, of a picture at least; its cells grow to that
 FONT, HEADING = 13, 16  # sizes of letters
@@ -35,7 +34,7 @@ def norms_by_layer(lora: InstanceLora) -> tuple[Tensor, str]:
     Returns:
         an IMAGE (1, H, W, 3) and a table as tab-separated text.
     """
-    places = [_place(name) for name in lora.names]
+    places = [place_of(name) for name in lora.names]
     stacks = list(dict.fromkeys(stack for stack, _, _ in places))
     layers = sorted({place[:2] for place in places}, key=lambda layer: (stacks.index(layer[0]), layer[1]))
     targets = list(dict.fromkeys(target for _, _, target in places))
@@ -55,7 +54,7 @@ def norms_of_layers(lora: InstanceLora) -> list[float]:
     """The Frobenius norm of dW of every layer, all its targets together, in their order; of a batch the mean."""
     squares: dict[tuple[str, int], Tensor] = {}
     for name, norm in norms(lora).items():
-        stack, layer, _ = _place(name)
+        stack, layer, _ = place_of(name)
         squares[stack, layer] = squares.get((stack, layer), 0.0) + norm.square()
     stacks = list(dict.fromkeys(stack for stack, _ in squares))
     layers = sorted(squares, key=lambda place: (stacks.index(place[0]), place[1]))
@@ -149,11 +148,6 @@ def _intervals(
         draw.ellipse((across(mean) - 4, middle - 4, across(mean) + 4, middle + 4), fill=COLOURS[1])
         draw.text((across(mean) - 10, middle + 6), f"{mean:.3g}", fill="black", font=font)
     draw.text((across(0) - 3, y + PLOT[1] + 4), "0", fill="black", font=font)
-
-
-def _place(name: str) -> tuple[str, int, str]:
-    match = _PLACE.match(name)
-    return (match["stack"], int(match["layer"]), match["target"]) if match else ("", 0, name)
 
 
 def _label(index: int, lora: InstanceLora) -> str:

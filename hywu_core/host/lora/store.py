@@ -138,14 +138,29 @@ def as_instance_lora(lora: InstanceLora | Mapping[str, torch.Tensor]) -> Instanc
     return lora if isinstance(lora, InstanceLora) else foreign.read(lora)
 
 
-def blend_from_text(loras: Sequence[InstanceLora], weights: str, max_rank: int = 0) -> InstanceLora:
-    """Blend with weights as an artist writes them: "0.7, 0.3", "70% 30%", "0,7; 0,3", or nothing for equal shares.
+def blend_of(
+    loras: Sequence[InstanceLora], weights: str = "", sliders: Sequence[float] = (), max_rank: int = 0
+) -> InstanceLora:
+    """Blend with weights as an artist writes them: "0.7, 0.3", "70% 30%", "0,7; 0,3", or nothing for equal shares; or with
+    the numbers of sliders.
 
     Raises:
-        LoraError: if the weights are no numbers, could be read in two ways, or are not one for each LoRA.
+        LoraError: if the weights are no numbers, could be read in two ways, are given twice, or are not one for each LoRA.
     """
-    blended = blend(loras, _weights(weights, len(loras)) or [1 / len(loras)] * len(loras))
+    if sliders and weights.strip():
+        raise LoraError(
+            "The weights are given twice, as text and by sliders. Empty the text, or switch the sliders off."
+        )
+    numbers = list(sliders) or _weights(weights, len(loras)) or [1 / len(loras)] * len(loras)
+    blended = blend(loras, numbers).with_metadata(**_said(loras, numbers))
     return truncate(blended, max_rank, progress.bar()) if max_rank else blended
+
+
+def _said(loras: Sequence[InstanceLora], weights: Sequence[float]) -> dict[str, str]:
+    """The instruction of a blend: those of its parts."""
+    texts = [str(lora.metadata.get("instruction") or "") for lora in loras]
+    said = [f"{weight:g} {text}" for text, weight in zip(texts, weights, strict=False) if text]
+    return {"instruction": " + ".join(said)} if said else {}
 
 
 def _weights(text: str, count: int) -> list[float]:

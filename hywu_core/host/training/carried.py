@@ -58,7 +58,7 @@ class Carried:
             _bind_anew(given, patcher)
         self.wrapped = tuple(_wrappers(self.options))
         self.foreign = (*self.wrapped, *_patches(self.options))
-        self.scheduled = any(lora.start > 0 or lora.end < 1 for lora in self.loras)
+        self.scheduled = any(not lora.schedule.whole for lora in self.loras)
 
     @property
     def one_by_one(self) -> bool:
@@ -78,9 +78,10 @@ class Carried:
         """{path of a layer: what acts beside it at this noise level, at which strength}."""
         found: dict[str, list[tuple[Adapter, float]]] = {}
         for lora in self.loras:
-            if lora.acts(model_sampling, sigma):
+            strength = lora.at(model_sampling, sigma).strength
+            if strength:
                 for adapter in lora.bank.adapters:
-                    found.setdefault(adapter.path, []).append((adapter, lora.strength))
+                    found.setdefault(adapter.path, []).append((adapter, strength))
         return found
 
     def transformer_options(self, sigma: Tensor) -> dict[str, Any]:

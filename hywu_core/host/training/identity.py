@@ -85,7 +85,10 @@ def digest_of_base(model: comfy.model_patcher.ModelPatcher) -> str:
         for strength, value, strength_model, offset, _ in patches:
             _add(found, [strength, strength_model, offset, _of_adapter(value)])
     for lora in applied_loras(model):
-        _add(found, [lora.strength, lora.start, lora.end])
+        curve = lora.schedule.curve
+        _add(found, [lora.strength, lora.schedule.start, lora.schedule.end])
+        if curve is not None:
+            _add(found, [type(curve).__name__, [list(point) for point in curve.points]])
         for adapter in lora.bank.adapters:
             parts = [_sample(factor.weight) for factor in (adapter.down, adapter.up)]
             _add(found, [adapter.path, adapter.scale, adapter.start, adapter.length, parts])
