@@ -1,10 +1,11 @@
 """Makes the pictures of README and help pages anew, in a real browser: every node as it looks in a template.
 
-    .venv/bin/python scripts/make_pictures.py [--languages en zh] [--only HYWUApplyLoRA ...] [--dry]
+    .venv/bin/python scripts/make_pictures.py [--languages en zh] [--only HYWUApplyLoRA ...] [--still train]
 
 Each template is opened as an artist opens it and run, if all of its files are there; then its nodes are taken, each with
-what it shows. A node that is in no template is taken alone. --dry runs nothing. A help page without its picture gets it
-below its heading. Playwright and a Chromium are needed (requirements-dev.txt).
+what it shows. A node that is in no template is taken alone. A help page without its picture gets it
+below its heading. Playwright and a Chromium are needed (requirements-dev.txt), and a Chinese font, such as
+fonts-wqy-microhei.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ VIEW = {"width": 1800, "height": 1400}
 WIDEST, MARGIN = 760, 14  # pixels of a picture in a help page, and around a node
 RUN_SECONDS = 900
 PACK = "HYWU"
+QUIET = {  # nothing lies over the canvas, and text is drawn however small
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
 GRAPHS = {"quickstart": "quickstart.png", "train": "train.png"}  # template -> the README's picture of its graph
 
 
@@ -69,6 +75,8 @@ def open_page(browser: Any, server: HostServer, template: str = "", nodes: int =
 
 
 def queue(page: Page, server: HostServer) -> None:
+    server.post("/free", {"free_memory": True})  # what is cached would show no card
+    page.wait_for_timeout(1000)
     before = set(server.get("/history"))
     if not page.evaluate("app.queuePrompt(0)"):
         print(f"  is refused; the server's log is {server.log}", file=sys.stderr)
@@ -93,7 +101,8 @@ def picture_of(page: Page, node_id: int) -> Image.Image:
             const node = app.graph.nodes.find(node => node.id == id), canvas = app.canvas;
             const title = LiteGraph.NODE_TITLE_HEIGHT;
             canvas.deselectAll?.();
-            canvas.selectItems?.([]);
+            window.hywuMoved = (window.hywuMoved ?? 0) + 20000;  // each to a place where nothing covers it
+            node.pos = [node.pos[0], node.pos[1] + window.hywuMoved];
             const width = canvas.canvas.clientWidth, height = canvas.canvas.clientHeight;
             const [wide, high] = [node.size[0], node.flags.collapsed ? 0 : node.size[1]];
             const scale = Math.min(1, (width - 600) / wide, (height - 300) / (high + title));
@@ -116,18 +125,23 @@ def picture_of(page: Page, node_id: int) -> Image.Image:
 
 def picture_of_graph(page: Page) -> Image.Image:
     page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(6000)  # until messages of what ran are gone
     clip = {"x": 60, "y": 90, "width": VIEW["width"] - 120, "height": VIEW["height"] - 180}
     return trimmed(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"))
 
 
 def trimmed(picture: Image.Image) -> Image.Image:
-    """Without the empty canvas at the top and the bottom."""
-    small = picture.convert("L").resize((picture.width // 8, picture.height // 8))
-    rows = [y for y in range(small.height) if max(small.crop((0, y, small.width, y + 1)).tobytes()) > 90]
-    if not rows:
+    """Without the empty canvas around the graph, whose dots are darker than any node."""
+    nodes = (
+        picture.convert("L").point(lambda level: 255 * (level > 48)).resize((picture.width // 8, picture.height // 8))
+    )
+    box = nodes.point(lambda level: 255 * (level > 200)).getbbox()
+    if box is None:
         return picture
-    return picture.crop((0, max(0, rows[0] * 8 - 24), picture.width, min(picture.height, rows[-1] * 8 + 32)))
+    left, top, right, bottom = (8 * side for side in box)
+    return picture.crop(
+        (max(0, left - 24), max(0, top - 24), min(picture.width, right + 24), min(picture.height, bottom + 24))
+    )
 
 
 def save(picture: Image.Image, file: Path, widest: int) -> None:
@@ -164,8 +178,8 @@ def alone(browser: Any, server: HostServer, nodes: list[str]) -> Iterator[tuple[
     page.close()
 
 
-def take(browser: Any, server: HostServer, language: str, wanted: set[str], dry: bool) -> None:
-    server.post("/api/settings", {"Comfy.Locale": language, "Comfy.TutorialCompleted": True})
+def take(browser: Any, server: HostServer, language: str, wanted: set[str], still: list[str]) -> None:
+    server.post("/api/settings", {"Comfy.Locale": language, **QUIET})
     known, left = server.get("/object_info"), set(wanted)
     for name, workflow in templates(known):
         graph = GRAPHS.get(name) if language == "en" else None
@@ -174,7 +188,7 @@ def take(browser: Any, server: HostServer, language: str, wanted: set[str], dry:
             continue
         print(f"{language}: {name}", flush=True)
         page = open_page(browser, server, name, len(workflow["nodes"]))
-        if not dry and runs(workflow, known):
+        if name not in still and runs(workflow, known):
             queue(page, server)
         if graph:
             save(picture_of_graph(page), DOCS / graph, 1500)
@@ -197,7 +211,7 @@ def main() -> int:
     parser.add_argument("--host", type=Path, default=ROOT / ".host" / "ComfyUI", help="ComfyUI's folder")
     parser.add_argument("--languages", nargs="+", default=["en", "zh"])
     parser.add_argument("--only", nargs="+", default=(), help="ids of nodes; by default all")
-    parser.add_argument("--dry", action="store_true", help="run no template")
+    parser.add_argument("--still", nargs="+", default=[], help="templates that are opened but not run, such as train")
     arguments = parser.parse_args()
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
@@ -208,7 +222,7 @@ def main() -> int:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
             for language in arguments.languages:
-                take(browser, server, language, ids & set(arguments.only) or ids, arguments.dry)
+                take(browser, server, language, ids & set(arguments.only) or ids, arguments.still)
             browser.close()
     for page in sorted(HELP.glob("*/*.md")):
         if page.with_suffix(".webp").is_file():
