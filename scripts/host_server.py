@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ START_SECONDS = 600  # a cold start on a slow disk, or on a machine that is busy
 RUN_SECONDS = 300
 FRONTEND_ONLY = {"Note", "MarkdownNote"}  # nodes that the server never sees
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"  # a choice that brings inputs of its own
+MUTED = 2  # a node's mode in saved workflows: it does not run, nor does what hangs on it
 TEXT_MESSAGE = 3  # of the host's binary events
 LAST_MESSAGES = {"execution_success", "execution_error", "execution_interrupted"}
 
@@ -165,12 +167,13 @@ class HostServer:
 def to_api_format(workflow: dict, object_info: dict) -> dict:
     """A workflow as the frontend saves it -> the prompt that it would queue.
 
-    Covers what the shipped workflows use: links, widgets in their order, notes. No subgraphs, reroutes, muted nodes.
+    Covers what the shipped workflows use: links, widgets in their order, notes, muted nodes with all that hangs on them. No
+    subgraphs, reroutes, bypassed nodes.
     """
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] in FRONTEND_ONLY:
+        if node["type"] in FRONTEND_ONLY or node.get("mode") == MUTED:
             continue
         inputs = _widget_inputs(object_info[node["type"]]["input"], list(node.get("widgets_values") or []))
         linked = {
@@ -178,6 +181,27 @@ def to_api_format(workflow: dict, object_info: dict) -> dict:
         }
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
     return prompt
+
+
+def widgets_of(schema: dict, chosen: dict[str, Any]) -> Iterator[tuple[str, Any, dict]]:
+    """(name, type, options) of every widget of a node, in the order in which their values are saved.
+
+    Args:
+        schema: "input" of /object_info.
+        chosen: values so far, filled by the caller while this runs: a dynamic choice brings the inputs of its option.
+    """
+    yield from _widgets("", schema, chosen)
+
+
+def _widgets(prefix: str, schema: dict, chosen: dict[str, Any]) -> Iterator[tuple[str, Any, dict]]:
+    for name, (kind, *rest) in {**schema.get("required", {}), **schema.get("optional", {})}.items():
+        options, name = rest[0] if rest else {}, prefix + name
+        if kind == DYNAMIC_COMBO:
+            yield name, kind, options
+            key = chosen.get(name, options["options"][0]["key"])
+            yield from _widgets(f"{name}.", next(o["inputs"] for o in options["options"] if o["key"] == key), chosen)
+        elif (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput"):
+            yield name, kind, options
 
 
 def _text_of(message: bytes) -> list[tuple[str, str]]:
@@ -189,17 +213,15 @@ def _text_of(message: bytes) -> list[tuple[str, str]]:
 
 
 def _widget_inputs(schema: dict, values: list) -> dict[str, Any]:
-    inputs = {}
-    for name, (kind, *rest) in {**schema.get("required", {}), **schema.get("optional", {})}.items():
-        options = rest[0] if rest else {}
-        if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
-            continue
+    inputs: dict[str, Any] = {}
+    for name, _, options in widgets_of(schema, inputs):
         if not values:
             # saved before the node had this widget: its default holds
             break
         inputs[name] = values.pop(0)
-        if options.get("control_after_generate"):
-            values.pop(0)  # "fixed", "randomize", ...: the frontend's own
+        if options.get("control_after_generate") or options.get("image_upload"):
+            # "fixed", "randomize", ...; the upload button
+            del values[:1]
     return inputs
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+SAVED = ROOT / "tests" / "fixtures" / "workflows_0_1"  # the templates of 0.1.0, as artists have saved them
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 
 from bad_generators import write_bad_generators  # noqa: E402
@@ -71,5 +72,5 @@ def server(host_dir, tmp_path_factory) -> HostServer:
 
 @pytest.fixture(scope="session")
 def studio(server) -> Studio:
-    workflow = json.loads((ROOT / "workflows" / "quickstart.json").read_text(encoding="utf-8"))
+    workflow = json.loads((SAVED / "quickstart.json").read_text(encoding="utf-8"))
     return Studio(server, to_api_format(workflow, server.get("/object_info")))

@@ -12,7 +12,7 @@ from host_server import to_api_format
 from PIL import Image
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parents[2]
+SAVED = Path(__file__).resolve().parents[1] / "fixtures" / "workflows_0_1"
 STEPS = 4
 
 
@@ -21,7 +21,7 @@ class Workshop:
 
     def __init__(self, server):
         self.server = server
-        workflow = json.loads((ROOT / "workflows" / "train.json").read_text(encoding="utf-8"))
+        workflow = json.loads((SAVED / "train.json").read_text(encoding="utf-8"))
         self.prompt = to_api_format(workflow, server.get("/object_info"))
         self.train = self.node("HYWUTrainGenerator")
         quick = {"steps": STEPS, "batch_size": 2, "warmup": 1, "validate_every": 0, "held_out": 0, "save_every": 0}
