@@ -4,9 +4,9 @@ from comfy_api.latest import ComfyExtension
 
 from ..hywu_core.bases.hunyuan_image3 import model_folder
 from ..hywu_core.host import folders, pack
-from . import compare, edit, generate, hunyuan_image3, lora, pocket, teach, train, values
+from . import compare, edit, generate, hunyuan_image3, lora, pairs, pocket, teach, train, values
 
-TOPICS = (edit, generate, lora, values, compare, train, teach, pocket, hunyuan_image3)
+TOPICS = (edit, generate, lora, values, compare, pairs, train, teach, pocket, hunyuan_image3)
 
 
 class HYWUExtension(ComfyExtension):

@@ -18,12 +18,12 @@ def _sliders(count: int) -> list[io.Float.Input]:
     return [
         io.Float.Input(
             f"weight{place}",
-            default=round(1 / count, 2),
+            default=0.5,
             min=-2.0,
             max=2.0,
             step=0.01,
             display_mode=io.NumberDisplay.slider,
-            tooltip=f"Of lora{place - 1}." if place > 1 else "Of lora0, the first one.",
+            tooltip=f"Weight of the LoRA number {place}.",
         )
         for place in range(1, count + 1)
     ]

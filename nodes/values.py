@@ -15,7 +15,7 @@ class HYWUPickLoRA(io.ComfyNode):
             node_id="HYWUPickLoRA",
             display_name="Pick Instance LoRA",
             category="HY-WU",
-            search_aliases=["instance lora", "select lora", "lora from batch", "batch index", "选择", "批次"],
+            search_aliases=["instance lora", "select lora", "lora from batch", "batch index"],
             description="One LoRA of a batch, such as Generate Instance LoRA writes for several pictures or instructions.",
             inputs=[
                 lora_input("A batch of LoRAs."),
@@ -43,16 +43,7 @@ class HYWULoRAByBlock(io.ComfyNode):
             node_id="HYWULoRAByBlock",
             display_name="Instance LoRA by Block",
             category="HY-WU",
-            search_aliases=[
-                "instance lora",
-                "block weight",
-                "lora block",
-                "layer strength",
-                "edit",
-                "分层",
-                "块权重",
-                "强度",
-            ],
+            search_aliases=["instance lora", "block weight", "lora block", "layer strength", "edit"],
             description="Makes a LoRA stronger or weaker in single blocks and targets. Inspect Instance LoRA shows what "
             "there is.",
             inputs=[
@@ -82,7 +73,7 @@ class HYWUHookLoRA(io.ComfyNode):
             node_id="HYWUHookLoRA",
             display_name="Create Hook Instance LoRA",
             category="HY-WU",
-            search_aliases=["instance lora", "hook", "hooks", "mask", "schedule", "regional", "钩子", "遮罩", "局部"],
+            search_aliases=["instance lora", "hook", "hooks", "mask", "schedule", "regional"],
             description="A LoRA as a hook, without a file: ComfyUI's own hook nodes put it on one conditioning only, on a "
             "mask or on a schedule of strengths. What Create Hook LoRA does with a saved file.",
             inputs=[

@@ -36,6 +36,10 @@ NODE_IDS = {
     "HYWUHunyuanImage3Reason",
     "HYWULoadPocketEditor",
     "HYWUEdit",
+    "HYWUPickLoRA",
+    "HYWULoRAByBlock",
+    "HYWUHookLoRA",
+    "HYWULoadEditPairs",
 }
 
 

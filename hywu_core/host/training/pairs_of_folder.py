@@ -196,6 +196,13 @@ class EncodedPairs:
             found.append((tensors[SOURCE], pixels, vision))
         return found
 
+    def entries(self, index: int) -> tuple[dict[str, Tensor], list, list]:
+        """(LATENT of the edited picture, CONDITIONING that the base reads, CONDITIONING that a generator reads)."""
+        tensors, options = self._kept(index)
+        silent = SILENCE if self.reading.regime == "blind" else TEXT
+        told, read = (_entry(tensors, options, part, self.reading) for part in (silent, TEXT))
+        return {"samples": tensors[TARGET]}, [told], [read]
+
     def condition(self, index: int) -> Condition:
         """What there is for a generator to read."""
         return self._condition(*self._kept(index))
