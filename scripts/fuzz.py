@@ -56,7 +56,12 @@ BASE = ROOT / "tests" / "fixtures" / "base_tiny"
 CONFIG = {
     "d_model": 16, "head_dim": 8, "num_pg_layers": 1, "input_dim": 8, "output_dim": 8, "token_dim": 8, "rank": 2,
     "num_base_model_layers": 2, "alpha": 4.0, "dim_accumulation": 2, "prefix": "layers.",
-    "hywu": {"encoder_layers": 1, "base": "Flux", "condition": [{"kind": "conditioning", "width": 8}]},
+    "hywu": {
+        "encoder_layers": 1, "base": "Flux", "condition": [{"kind": "conditioning", "width": 8}],
+        "further_stacks": [
+            {"prefix": "more.", "num_base_model_layers": 3, "pg_mapping": {"w": {"lora_A_dim": 8, "lora_B_dim": 6}}},
+        ],
+    },
     "pg_mapping": {
         "q": {"lora_A_dim": 6, "lora_B_dim": 10},
         "qkv[0:4/8]": {"lora_A_dim": 6, "lora_B_dim": 4},

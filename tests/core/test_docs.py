@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HELP = ROOT / "web" / "docs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "web" / "docs").rglob("*.md"))]
 
 
@@ -26,7 +27,9 @@ def test_links_lead_somewhere(page):
         if target.startswith(("https://", "http://")):
             continue
         file, _, heading = target.partition("#")
-        there = page.parent / file if file else page
+        # the frontend looks for what a help page names below web/docs, whatever the page's own folder
+        folder = HELP if page.is_relative_to(HELP) else page.parent
+        there = folder / file if file else page
         assert there.is_file(), target
         assert not heading or heading in headings(there), target
 
@@ -36,6 +39,14 @@ def test_files_that_are_named_are_there(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"\b(?:scripts|docs|results|hywu_core|study)/[\w/]+\.(?:py|sh|md|json|png)\b", text):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", sorted(HELP.rglob("*.md")), ids=name)
+def test_help_pages_show_their_node(page):
+    """scripts/make_pictures.py takes the pictures and puts them there."""
+    second = page.read_text(encoding="utf-8").splitlines()[2]
+    assert re.fullmatch(rf"!\[.+\]\({page.parent.name}/{page.stem}\.webp\)", second), second
+    assert page.with_suffix(".webp").stat().st_size < 150_000
 
 
 NOT_OURS = {"No Results Found", "IMPORT FAILED"}  # what frontend and host say

@@ -579,11 +579,12 @@ def test_evaluation_tells_a_generator_that_reads_from_one_that_does_not():
     latents, positive = pairs(family, 12)
     blind = [[[torch.zeros_like(tokens), options]] for ((tokens, options),) in positive]
     trained = run(family, new(family, positive), latents, blind, positive, steps=60)
-    image, table = evaluate.evaluate_generator(family.model, trained.handle, latents, blind, positive)
+    image, table, card = evaluate.evaluate_generator(family.model, trained.handle, latents, blind, positive)
     rows = {line.split("\t")[0]: line.split("\t")[1:] for line in table.splitlines()}
     assert len(rows["matched"]) == len(evaluate.LEVELS) + 1
     assert float(rows["than shuffled"][1]) > 0  # the interval's lower end
     assert float(rows["than averaged"][1]) > 0
+    assert card.level != "notice" or float(rows["than base"][1]) <= 0
     assert image.ndim == 4 and image.shape[-1] == 3 and 0 <= float(image.min()) and float(image.max()) <= 1
     fresh = new(family, positive)
     objective = evaluate.DiffusionObjective(family.model)

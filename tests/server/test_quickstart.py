@@ -33,7 +33,8 @@ def test_a_node_that_shows_text_shows_no_pictures(studio):
 def test_nodes_say_what_they_found(studio):
     """Below the node: the frontend draws texts of a node's result on its own preview nodes only."""
     run = studio.run(studio.quickstart(HYWUApplyLoRA={"strength": 0.86}))
-    assert (studio.node("HYWUApplyLoRA"), "matched 16/16 targets (bypass)") in run.texts
+    shown = [data["output"] for kind, data in run.messages if kind == "executed" and data["node"] == apply]
+    assert "matched 16/16 targets (bypass)" in shown[0]["text"][0] and shown[0]["hywu_card"][0]["level"] == "good"
 
 
 def test_the_lora_changes_the_picture_and_strength_zero_does_not(studio):

@@ -13,6 +13,7 @@ CHINESE = re.compile(r"[\u4e00-\u9fff]")
 # what is written so in every language
 SAME = {"VAE", "CLIP", "LoRA", "EMA", "Latent", "alpha", "top_k", "top_p", "HY-WU", "HunyuanImage-3"}
 NUMBERS = {"float32", "bfloat16", "float16", "fp8_e4m3fn", "int8"}
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 SLOT_NAMES = re.compile(r"COMFY_AUTOGROW")  # rows that grow are named by the frontend
 
 
@@ -27,13 +28,24 @@ def words(server) -> dict:
 
 
 def inputs_of(node: dict) -> dict:
-    return {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    """{name: (kind, options)}, those that a choice of a dynamic combo brings included, as the frontend looks them up."""
+    found = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    for key, (kind, options) in list(found.items()):
+        if kind == DYNAMIC:
+            for choice in options["options"]:
+                found |= {f"{key}_{name}": child for name, child in inputs_of({"input": choice["inputs"]}).items()}
+    return found
 
 
 def choices_of(kind, options: dict) -> list[str]:
     """What a combo offers, unless it lists files of the disk."""
     offered = options.get("options", []) if kind == "COMBO" else []
-    return [choice for choice in offered if not choice.endswith((".safetensors", "/")) and choice not in NUMBERS]
+    offered = [choice["key"] for choice in options["options"]] if kind == DYNAMIC else offered
+    return [
+        choice
+        for choice in offered
+        if not choice.endswith((".safetensors", "/")) and choice not in NUMBERS and not choice.isdigit()
+    ]
 
 
 def shown(nodes: dict, files: set) -> dict[tuple[str, ...], str]:
@@ -121,7 +133,7 @@ def on_cards() -> set[str]:
                 part for one in spoken for part in ([one.body, one.orelse] if isinstance(one, ast.IfExp) else [one])
             ]
             texts = [one.value for one in either if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-            found |= {one for one in texts if one[:1].isupper()}
+            found |= {one for one in texts if one[:1].isupper() and not one.isupper()}  # units are no words
     return found
 
 
@@ -147,7 +159,7 @@ def test_every_help_page_names_the_node_and_all_its_sockets(nodes, words, server
         translated = words[language]["nodeDefs"].get(name, {}) if language != "en" else {}
         assert page.startswith(f"# {translated.get('display_name', node['display_name'])}\n"), name
         table = "\n".join(line for line in page.splitlines() if line.startswith("| "))
-        for key, (kind, _) in inputs_of(node).items():
+        for key, (kind, *_) in {**node["input"].get("required", {}), **node["input"].get("optional", {})}.items():
             shown_as = translated.get("inputs", {}).get(key, {}).get("name", key)
             assert shown_as in table or SLOT_NAMES.match(kind), f"{name}: input {shown_as}"
         for index, key in enumerate(node["output_name"]):

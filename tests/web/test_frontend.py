@@ -50,6 +50,28 @@ def test_the_run_button_runs_it_and_shows_the_pictures(page, server, workflow):
             )
 
 
+CARD = "[...document.querySelectorAll('.hywu-card-page')].map(page => page.innerText)"
+
+
+def test_nodes_show_what_they_found_and_nothing_of_it_is_saved(page, workflow):
+    page.wait_for_function(f"{CARD}.some(text => text.includes('matched 16/16 targets'))", timeout=20_000)
+    shown = page.evaluate(CARD)
+    assert any("What this generator knows" in text for text in shown)
+    assert any("Wrote a LoRA" in text for text in shown)
+    saved = page.evaluate("app.graph.serialize().nodes.map(node => [node.id, node.widgets_values?.length ?? 0])")
+    assert dict(saved) == {node["id"]: len(node.get("widgets_values") or []) for node in workflow["nodes"]}
+
+
+def test_cards_stay_in_the_other_renderer(page):
+    """Nodes 2.0 draws nodes as elements, without their canvas."""
+    page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
+    page.wait_for_function(
+        "[...document.querySelectorAll('[data-node-id] .hywu-card-page')].some(page => page.offsetHeight > 20)",
+        timeout=20_000,
+    )
+    page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
 def test_the_template_browser_shows_it_with_its_picture(page):
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
