@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..hywu_core.bases.hunyuan_image3 import model_folder
+from ..hywu_core.bases.pocket import extras as pocket_extras
 from ..hywu_core.host import folders, pack
 from . import compare, edit, generate, hunyuan_image3, lora, pairs, pocket, teach, train, values
 
@@ -18,4 +19,5 @@ async def comfy_entrypoint() -> ComfyExtension:
     pack.warn_if_not_served()
     folders.register()
     model_folder.register()
+    pocket_extras.register()
     return HYWUExtension()

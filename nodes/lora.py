@@ -128,7 +128,11 @@ class HYWULoadLoRA(io.ComfyNode):
             search_aliases=["lora loader", "instance lora", "import lora"],
             description="Loads a saved LoRA, generated here or made by another tool, with its metadata.",
             inputs=[
-                io.Combo.Input("lora", options=store.names(), tooltip="A LoRA file in models/loras or output/loras."),
+                io.Combo.Input(
+                    "lora",
+                    options=store.names(),
+                    tooltip="A LoRA file in models/loras or output/loras, or the pocket editor's own.",
+                ),
                 io.Model.Input(
                     "model",
                     optional=True,

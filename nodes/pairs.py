@@ -1,6 +1,5 @@
 """Pairs for training, from a folder."""
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..hywu_core.host.training import pairs_in_server
@@ -29,8 +28,8 @@ class HYWULoadEditPairs(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=folder_paths.get_input_subfolders(),
-                    tooltip="A folder in ComfyUI's input folder.",
+                    options=pairs_in_server.names(),
+                    tooltip="A folder in ComfyUI's input folder, or the pairs that come with HY-WU.",
                 ),
                 io.Clip.Input("clip", tooltip="The base's text encoder."),
                 io.Vae.Input("vae", tooltip="The base's VAE."),

@@ -1,5 +1,5 @@
-"""Write the templates of workflows/ from their descriptions, run those that can run here in a real server, and make each one's
-thumbnail of what came out. To be run again when a node, a description or the pocket editor has changed.
+"""Write the templates of workflows/ from their descriptions, run in a real server those that can run here, and make thumbnails
+of what came out. To be run again when a node, a description or the pocket editor has changed.
 
     .venv/bin/python scripts/make_templates.py [quickstart blend ...] [--only-json]
 """
@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 
 import templates_pocket
-from host_server import MUTED, HostServer, Run, to_api_format
+from host_server import HostServer, Run, to_api_format
 from PIL import Image
 from workflow_builder import Graph
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT, QUALITY = 520, 300, 88  # of a thumbnail
 PAPER = "#20242c"
-POCKET = (templates_pocket.quickstart,)
+POCKET = templates_pocket.TEMPLATES
 BASES = ()
 
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from host_server import DYNAMIC_COMBO, FRONTEND_ONLY, WIDGET_TYPES, widgets_of
 
+NOTES = Path(__file__).resolve().parent / "template_notes"
 PACK, PACK_VERSION = "hywu", "0.1.0"
 HOST, HOST_VERSION = "comfy-core", "0.30.0"
 MUTED = 2  # a node's mode: it does not run
@@ -82,11 +84,12 @@ class Graph:
         self._left, self._top, self._muted = 0, 0, False
         self._column: list[Node] = []
 
-    def notes(self, english: str, chinese: str, height: int = 380) -> None:
-        """What an artist reads first, in both languages."""
-        for title, text in (("About this workflow", english), ("关于此工作流", chinese)):
+    def notes(self, height: int = 420) -> None:
+        """What an artist reads first, in both languages: from template_notes/."""
+        for language, title in (("en", "About this workflow"), ("zh", "关于此工作流")):
             node = Node(len(self._nodes) + 1, "MarkdownNote", None, title)
-            node.widgets, node.size = [text.strip()], [420, height]
+            text = (NOTES / f"{self.name}.{language}.md").read_text(encoding="utf-8")
+            node.widgets, node.size = [text.strip()], [440, height]
             self._place(node)
         self.column()
 
@@ -265,8 +268,8 @@ def _default(kind: Any, options: dict) -> Any:
     choices = kind if isinstance(kind, list) else options.get("options")
     if kind == DYNAMIC_COMBO:
         return options["options"][0]["key"]
-    if choices:
-        return options.get("default", choices[0])
+    if choices is not None:
+        return options.get("default", next(iter(choices), ""))
     return options.get("default", {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, ""))
 
 

@@ -96,7 +96,7 @@ def test_what_is_published_is_the_product(published, tmp_path):
     for folder in ("hywu_core", "nodes", "web", "locales", "models", "workflows", "subgraphs"):
         assert set(git("--cached", "--", folder)) <= published, folder
     kinds = {Path(name).suffix for name in published if "/" in name}
-    assert kinds <= {".py", ".md", ".json", ".txt", ".safetensors", ".png", ".jpg", ".webp", ".js"}, kinds
+    assert kinds <= {".py", ".md", ".json", ".jsonl", ".txt", ".safetensors", ".png", ".jpg", ".webp", ".js"}, kinds
     with zipfile.ZipFile(tmp_path / "pack.zip", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in sorted(published):
             packed.write(ROOT / name, name)

@@ -37,13 +37,22 @@ SAVE_DTYPES = {
 DIFFUSERS_NAMES = {"QwenImage"}
 
 
+_shipped: dict[str, Path] = {}  # LoRA files that came with the pack, for bases that did
+
+
+def ship(name: str, path: Path) -> None:
+    """Offer a file of the pack's own, behind those of the host's folders."""
+    _shipped[name] = path
+
+
 def names() -> list[str]:
-    return folder_paths.get_filename_list(FOLDER)
+    found = folder_paths.get_filename_list(FOLDER)
+    return [*found, *(name for name in _shipped if name not in found)]
 
 
 def modified(name: str) -> float:
     """When a LoRA file changed, so that a replaced one is loaded again."""
-    return os.path.getmtime(folder_paths.get_full_path_or_raise(FOLDER, name))
+    return os.path.getmtime(_path(name))
 
 
 def load(name: str, model: Any = None) -> InstanceLora:
@@ -55,13 +64,20 @@ def load(name: str, model: Any = None) -> InstanceLora:
         LoraError: if it is damaged, or no LoRA that the host knows.
         MatchError: if the model has none of its targets.
     """
-    path = Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+    path = _path(name)
     try:
         lora = foreign.read(*read_file(path))
     except LoraError as error:
         text = str(error)
         raise LoraError(text if str(path) in text else f"{path}: {text}") from error
     return lora if model is None else canonical(lora, model.model)
+
+
+def _path(name: str) -> Path:
+    found = folder_paths.get_full_path(FOLDER, name)
+    if found is None and name in _shipped:
+        return _shipped[name]
+    return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
 
 
 def save_to_output(lora: InstanceLora, prefix: str, dialect: Dialect, dtype: torch.dtype | None) -> Path:

@@ -20,6 +20,9 @@ KEPT = "hywu-pairs"  # below the host's temporary folder, which it empties when 
 SHOWN, SIDE, GAP, LINE, FONT = 8, 256, 6, 22, 14  # rows of a sheet; pixels
 
 
+_shipped: dict[str, Path] = {}  # folders of pairs that came with the pack
+
+
 class Loaded(NamedTuple):
     """Lists of equal length, one entry for each pair and wording; and a picture of some of them."""
 
@@ -54,12 +57,24 @@ def load(name: str, clip: Any, vae: Any, reading: Reading) -> Loaded:
     return Loaded(latents, positive, generator_positive, texts, _sheet(read, reading))
 
 
+def ship(name: str, folder: Path) -> None:
+    """Offer a folder of the pack's own, before those below the input folder."""
+    _shipped[name] = folder
+
+
+def names() -> list[str]:
+    """Folders to choose from."""
+    return [*_shipped, *(name for name in folder_paths.get_input_subfolders() if name not in _shipped)]
+
+
 def folder_of(name: str) -> Path:
-    """A folder below the host's input folder.
+    """A folder that came with the pack, or one below the host's input folder.
 
     Raises:
         PairError: if there is none of this name.
     """
+    if name in _shipped:
+        return _shipped[name]
     root = Path(folder_paths.get_input_directory()).resolve()
     folder = (root / name).resolve()
     if not folder.is_dir() or not folder.is_relative_to(root) or folder == root:
