@@ -1,5 +1,5 @@
-"""Write the templates of workflows/ from their descriptions, run in a real server those that can run here, and make thumbnails
-of what came out. To be run again when a node, a description or the pocket editor has changed.
+"""Write the templates of workflows/ from their descriptions, run in a real server those that can run here, and make
+thumbnails of what came out. To be run again when a node, a description or the pocket editor has changed.
 
     .venv/bin/python scripts/make_templates.py [quickstart blend ...] [--only-json]
 """
