@@ -150,7 +150,7 @@ def test_batch_errors_say_what_to_do(flux):
     assert not wrapped(flux.model)
     with pytest.raises(MatchError, match="3 instances. Use the mode bypass"):
         apply_lora(flux.model, lora, mode="merge")
-    with pytest.raises(MatchError, match="mode bypass for start and end"):
+    with pytest.raises(MatchError, match="mode bypass for start, end and curve"):
         apply_lora(flux.model, lora.select(0), mode="merge", end=0.5)
     with pytest.raises(MatchError, match="start at 0.8 of the sampling and end at 0.2, so it would never act"):
         apply_lora(flux.model, lora.select(0), start=0.8, end=0.2)

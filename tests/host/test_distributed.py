@@ -391,7 +391,7 @@ def test_pairs_from_a_table_with_other_sizes(tmp_path):
         writer.writeheader()
         writer.writerows(lines)
     Image.new("RGB", (32, 32)).save(folder / "2_edited.png")
-    with pytest.raises(PairError, match=r"pairs.csv, line 4.*--size"):
+    with pytest.raises(PairError, match=r"pairs.csv, line 4.*\(size\)"):
         read_pairs(folder)
     assert [pair.instruction for pair in read_pairs(folder, size=16)] == list(WORDS)
 

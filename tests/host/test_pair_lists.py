@@ -272,7 +272,7 @@ def test_pictures_that_the_vae_makes_nothing_of_are_named_before_anything_is_enc
 def test_transparency_is_said_and_its_colour_tells_runs_apart(folder, caplog):
     Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(folder / "a.png")
     read(folder, "pairs.jsonl", lines(GOOD, {"source": "b.png", "target": "b2.png", "instruction": "cool"}))
-    assert "1 pictures with transparency are laid over white (--background)" in caplog.text
+    assert "1 pictures with transparency are laid over white (background)" in caplog.text
     white, black = (
         EncodedPairs(read_pairs(folder), folder, "base", Reading(background=name)) for name in ("white", "black")
     )

@@ -108,7 +108,7 @@ def read_pairs(folder: Path, size: int = 0, background: str = pictures.BACKGROUN
         )
     transparent = sum(fact.transparent for fact in facts.values())
     if transparent:
-        logging.warning("%d pictures with transparency are laid over %s (--background).", transparent, background)
+        logging.warning("%d pictures with transparency are laid over %s (background).", transparent, background)
     return pairs
 
 
@@ -279,7 +279,7 @@ def _problem(row: Row, facts: dict[Path, pictures.Facts], size: int) -> str:
     return (
         f"{row.where}: {row.source.name} has {before.width} x {before.height} pixels, but {row.target.name} has "
         f"{after.width} x {after.height}. Both pictures of a pair must show the same place: give them one size"
-        f"{'' if size else ', or one shape and a size to bring them to (--size)'}."
+        f"{'' if size else ', or one shape and a size to bring them to (size)'}."
     )
 
 
