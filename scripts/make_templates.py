@@ -87,6 +87,9 @@ def sketch(workflow: dict) -> Image.Image:
         (x, y), (width, height) = node["pos"], node["size"]
         draw.rectangle([at(x, y - 30), at(x + width, y + height)], fill="#353b47", outline="#11141a")
         draw.rectangle([at(x, y - 30), at(x + width, y)], fill="#4b5568")
+    note = next(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in FRONTEND_ONLY)
+    title = note.partition("\n")[0].lstrip("# ")
+    draw.text((30, 30), title, fill="white", font=ImageFont.load_default(min(44, 1700 // len(title))))
     return card.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 

@@ -322,7 +322,8 @@ def teach(graph: Graph) -> None:
     with graph.group("3  Teach"):
         taught = graph.add(
             "HYWUTeachGenerator", wide=340, model=studio.model, clip=studio.clip, vae=studio.vae,
-            generator=studio.generator, before=before, after=after, instruction=NEW, run_name="invert", steps=120,
+            generator=studio.generator, before=before, after=after, instruction=NEW, run_name="invert", steps=60,
+            batch_size=4,
             old_instructions="\n".join(OLD),
         )  # fmt: skip
         graph.column()

@@ -101,7 +101,7 @@ class Graph:
         yield
         self.column()
         inside = self._nodes[first:]
-        right, bottom = max(node.right for node in inside), max(node.bottom for node in inside)
+        right, bottom = max(node.right for node in inside), max(node.bottom + _card(node) for node in inside)
         colour = COLOURS[len(self._groups) % len(COLOURS)]
         bounding = [left, 0, right - left + MARGIN, bottom + MARGIN]
         self._groups.append(
@@ -117,7 +117,7 @@ class Graph:
         self._left, self._top, self._muted = right + MARGIN + GAP, 0, False
 
     def column(self) -> None:
-        """What is added from here on stands to the right of what was added before."""
+        """What is added from here on stands to the right of what was added before. Wires begin one by themselves."""
         if self._column:
             self._left, self._column = max(node.right for node in self._column) + GAP, []
         self._top = 2 * TITLE + MARGIN
@@ -125,7 +125,7 @@ class Graph:
     def add(
         self, kind: str, title: str | None = None, wide: int = WIDTH, models: tuple[dict, ...] = (), **values: Any
     ) -> Node:
-        """A node below the last one.
+        """A node below the last one, or in a new column if it takes something from this one.
 
         Args:
             wide: its width on the canvas.
@@ -138,6 +138,9 @@ class Graph:
         node = Node(len(self._nodes) + 1, kind, self._known[kind], title)
         node.mode, node.models, node.size[0] = MUTED if self._muted else 0, list(models), wide
         values = {name.replace("__", "."): value for name, value in values.items()}
+        if any(isinstance(value, Socket) and value.node in self._column for value in values.values()):
+            # wires go from left to right
+            self.column()
         self._sockets(node, values)
         self._widgets(node, values)
         if values:
@@ -165,7 +168,7 @@ class Graph:
 
     def _place(self, node: Node) -> None:
         node.position = [self._left, self._top + (TITLE if not self._column else 0)]
-        self._top = node.bottom + GAP + (CARD if node.kind.startswith("HYWU") else 0)
+        self._top = node.bottom + GAP + _card(node)
         self._column.append(node)
         self._nodes.append(node)
 
@@ -263,6 +266,10 @@ class Graph:
         if node.kind in FRONTEND_ONLY:
             saved |= {"color": "#432", "bgcolor": "#653"}
         return saved
+
+
+def _card(node: Node) -> int:
+    return CARD if node.kind.startswith("HYWU") else 0
 
 
 def _default(kind: Any, options: dict) -> Any:

@@ -46,7 +46,7 @@ def test_the_run_button_runs_it_and_shows_the_pictures(page, server, workflow):
     for node in workflow["nodes"]:
         if node["type"] == "SaveImage":
             page.wait_for_function(
-                f"app.graph.nodes.find(node => node.id == {node['id']}).imgs?.[0]?.naturalWidth === 64", timeout=20_000
+                f"app.graph.nodes.find(node => node.id == {node['id']}).imgs?.[0]?.naturalWidth > 500", timeout=20_000
             )
 
 
@@ -57,7 +57,7 @@ def test_nodes_show_what_they_found_and_nothing_of_it_is_saved(page, workflow):
     page.wait_for_function(f"{CARD}.some(text => text.includes('matched 16/16 targets'))", timeout=20_000)
     shown = page.evaluate(CARD)
     assert any("What this generator knows" in text for text in shown)
-    assert any("Wrote a LoRA" in text for text in shown)
+    assert any("The LoRA is on the model" in text for text in shown)
     saved = page.evaluate("app.graph.serialize().nodes.map(node => [node.id, node.widgets_values?.length ?? 0])")
     assert dict(saved) == {node["id"]: len(node.get("widgets_values") or []) for node in workflow["nodes"]}
 
