@@ -72,12 +72,12 @@ def edits(prompt: dict, count: int, keep_gb: float) -> Iterator[tuple[int, bool,
 
 
 def edit(prompt: dict, number: int, keep_gb: float) -> dict:
-    """The quickstart's edited picture alone, with another instruction and noise."""
+    """The long way's picture, before and after, with another instruction and noise."""
     prompt = copy.deepcopy(prompt)
     told = f"{EDITS[number % len(EDITS)]}, {number}"
     changes = {
         "CLIPTextEncode": {"text": told}, "KSampler": {"seed": number, "steps": 2},
-        "ImageScale": {"width": SIDE, "height": SIDE}, "HYWUGenerateLoRA": {"keep_gb": keep_gb},
+        "ImageScaleToMaxDimension": {"largest_size": SIDE}, "HYWUGenerateLoRA": {"keep_gb": keep_gb},
     }  # fmt: skip
     kinds = {node["class_type"]: name for name, node in prompt.items()}  # the last of its kind, which the edit is of
     for kind, inputs in changes.items():
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--host", type=Path, default=ROOT / ".host" / "ComfyUI", help="ComfyUI's folder")
     parser.add_argument("--pack", default="hywu", help="this pack's name in custom_nodes")
     arguments = parser.parse_args()
-    workflow = json.loads((ROOT / "workflows" / "quickstart.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows" / "the_long_way.json").read_text(encoding="utf-8"))
 
     def tell(record: Record) -> None:
         if (record.number + 1) % 50 == 0 and not record.again:

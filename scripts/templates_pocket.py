@@ -19,7 +19,7 @@ OLD = (
     "brighten the picture", DARK, WARM, COOL, "saturate the colours", "desaturate the colours", "sharpen the picture",
     "blur the picture",
 )  # fmt: skip
-NEW = "invert the bright photo"  # none of what the pocket generator was trained on
+NEW = "fade the picture"  # none of what the pocket generator was trained on
 WIDE = 560  # of nodes that show wide pictures
 
 
@@ -116,8 +116,8 @@ def the_long_way(graph: Graph) -> None:
     studio = _studio(graph)
     with graph.group("2  What the generator reads"):
         latent = graph.add("VAEEncode", pixels=studio.small, vae=studio.vae)["LATENT"]
-        words = graph.add("CLIPTextEncode", "Instruction", text=WARM, clip=studio.clip)["CONDITIONING"]
         nothing = graph.add("CLIPTextEncode", "Nothing for the model itself", text="", clip=studio.clip)["CONDITIONING"]
+        words = graph.add("CLIPTextEncode", "Instruction", text=WARM, clip=studio.clip)["CONDITIONING"]
         graph.column()
         read = graph.add("ReferenceLatent", "The picture for the generator", conditioning=words, latent=latent)
         told = graph.add("ReferenceLatent", "The picture for the model", conditioning=nothing, latent=latent)
@@ -295,7 +295,7 @@ def train(graph: Graph) -> None:
             learning_rate=0.001, warmup=12, gradient_checkpointing=False, validate_every=40, held_out=4, keep_every=120,
         )  # fmt: skip
     with graph.group("3  Edit with it"):
-        small = _scaled(graph, graph.add("LoadImage", image=PICTURE)["IMAGE"], 32)
+        small = _scaled(graph, graph.add("LoadImage", image=PICTURE)["IMAGE"])
         graph.column()
         edit = graph.add(
             "HYWUEdit", model=base["model"], generator=trained["generator"], clip=base["clip"], image=small,
@@ -312,22 +312,27 @@ def teach(graph: Graph) -> None:
     graph.notes()
     studio = _studio(graph)
     with graph.group("2  Pairs of the new edit"):
-        whole = graph.add(
-            "ImageScale", image=studio.whole, upscale_method="area", width=256, height=256, crop="disabled"
+        larger = graph.add(
+            "ImageScale", image=studio.whole, upscale_method="area", width=112, height=112, crop="disabled"
         )
         before = graph.add(
-            "SplitImageToTileList", "Sixteen pictures", image=whole["IMAGE"], tile_width=64, tile_height=64, overlap=0
+            "SplitImageToTileList",
+            "Sixteen views of it",
+            image=larger["IMAGE"],
+            tile_width=64,
+            tile_height=64,
+            overlap=48,
         )["IMAGE"]
-        after = graph.add("ImageInvert", "How they shall look", image=before)["IMAGE"]
+        after = graph.add("AdjustContrast", "How they shall look", images=before, factor=0.35)["images"]
     with graph.group("3  Teach"):
         taught = graph.add(
             "HYWUTeachGenerator", wide=340, model=studio.model, clip=studio.clip, vae=studio.vae,
-            generator=studio.generator, before=before, after=after, instruction=NEW, run_name="invert", steps=60,
+            generator=studio.generator, before=before, after=after, instruction=NEW, run_name="fade", steps=100,
             batch_size=4,
             old_instructions="\n".join(OLD),
         )  # fmt: skip
         graph.column()
-        graph.add("HYWUSaveGenerator", generator=taught["generator"], filename="pocket-and-invert")
+        graph.add("HYWUSaveGenerator", generator=taught["generator"], filename="pocket-and-fade")
     with graph.group("4  The new edit, and an old one"):
         edits = [_edit(graph, studio, text, text, taught["generator"]) for text in (NEW, WARM)]
         graph.column()
