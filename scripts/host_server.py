@@ -120,14 +120,16 @@ class HostServer:
         with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=60) as response:
             return response.read().decode()
 
-    def run(self, prompt: dict, on_message: Callable[[str, dict], None] | None = None) -> Run:
+    def run(
+        self, prompt: dict, on_message: Callable[[str, dict], None] | None = None, seconds: float = RUN_SECONDS
+    ) -> Run:
         """Queue an API-format prompt and follow it over the websocket to its end.
 
         Raises:
             RuntimeError: with the server's reasons, if it does not accept the prompt.
             TimeoutError: if it does not end in time.
         """
-        return asyncio.run(asyncio.wait_for(self._run(prompt, on_message), RUN_SECONDS))
+        return asyncio.run(asyncio.wait_for(self._run(prompt, on_message), seconds))
 
     async def _run(self, prompt: dict, on_message: Callable[[str, dict], None] | None) -> Run:
         client = os.urandom(8).hex()

@@ -13,16 +13,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import templates_bases
 import templates_pocket
-from host_server import HostServer, Run, to_api_format
-from PIL import Image
+from host_server import FRONTEND_ONLY, HostServer, Run, to_api_format
+from PIL import Image, ImageDraw, ImageFont
 from workflow_builder import Graph
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT, QUALITY = 520, 300, 88  # of a thumbnail
+RUN_SECONDS = 1800  # of a template that trains, on a slow machine
+SKETCHED = 2  # times its size, for smooth lines
 PAPER = "#20242c"
 POCKET = templates_pocket.TEMPLATES
-BASES = ()
+BASES = templates_bases.TEMPLATES
 
 
 def build(describe, object_info: dict) -> dict:
@@ -34,7 +37,7 @@ def build(describe, object_info: dict) -> dict:
 
 def run(server: HostServer, workflow: dict, object_info: dict) -> tuple[Run, list[Path]]:
     """Run a workflow; (what the server said, the pictures that its last picture node wrote or showed)."""
-    done = server.run(to_api_format(workflow, object_info))
+    done = server.run(to_api_format(workflow, object_info), seconds=RUN_SECONDS)
     if done.outcome != "execution_success":
         raise RuntimeError(f"{done.messages[-1]}\nThe server's log is {server.log}.")
     shown = [
@@ -62,7 +65,29 @@ def thumbnail(pictures: list[Path]) -> Image.Image:
 
 def sketch(workflow: dict) -> Image.Image:
     """The graph itself as a drawing: for what needs models that are not here."""
-    raise NotImplementedError
+    nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in FRONTEND_ONLY}
+    frames = [group["bounding"] for group in workflow["groups"]]
+    left, top = (min(frame[axis] for frame in frames) for axis in (0, 1))
+    right, bottom = (max(frame[axis] + frame[axis + 2] for frame in frames) for axis in (0, 1))
+    scale = min((SKETCHED * WIDTH - 40) / (right - left), (SKETCHED * HEIGHT - 40) / (bottom - top))
+    card = Image.new("RGB", (SKETCHED * WIDTH, SKETCHED * HEIGHT), PAPER)
+    draw = ImageDraw.Draw(card)
+    shift = [(side - scale * length) / 2 for side, length in zip(card.size, (right - left, bottom - top), strict=True)]
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return shift[0] + scale * (x - left), shift[1] + scale * (y - top)
+
+    for group, (x, y, width, height) in zip(workflow["groups"], frames, strict=True):
+        draw.rectangle([at(x, y), at(x + width, y + height)], fill=group["color"])
+        draw.text(at(x + 20, y + 12), group["title"], fill="white", font=ImageFont.load_default(16))
+    for _, source, slot, target, place, _ in workflow["links"]:
+        (x, y), (width, _), (to_x, to_y) = nodes[source]["pos"], nodes[source]["size"], nodes[target]["pos"]
+        draw.line([at(x + width, y + 20 * (slot + 1)), at(to_x, to_y + 20 * (place + 1))], fill="#c8ccd4", width=2)
+    for node in nodes.values():
+        (x, y), (width, height) = node["pos"], node["size"]
+        draw.rectangle([at(x, y - 30), at(x + width, y + height)], fill="#353b47", outline="#11141a")
+        draw.rectangle([at(x, y - 30), at(x + width, y)], fill="#4b5568")
+    return card.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
 def main() -> int:

@@ -80,7 +80,7 @@ def _beside(graph: Graph, first: Socket, second: Socket, title: str = "Side by s
 
 def _shown(graph: Graph, picture: Socket, title: str, name: str) -> None:
     graph.column()
-    graph.add("SaveImage", title, width=WIDE, images=picture, filename_prefix=f"hywu/{name}")
+    graph.add("SaveImage", title, wide=WIDE, images=picture, filename_prefix=f"hywu/{name}")
 
 
 def quickstart(graph: Graph) -> None:
@@ -190,12 +190,12 @@ def inspect_and_compare(graph: Graph) -> None:
     with graph.group("2  Three LoRAs"):
         made = [_edit(graph, studio, text, text) for text in (WARM, COOL, GREY)]
     with graph.group("3  Look inside"):
-        looked = graph.add("HYWUInspectLoRA", "What it changes", width=WIDE, lora=made[0]["lora"])
+        looked = graph.add("HYWUInspectLoRA", "What it changes", wide=WIDE, lora=made[0]["lora"])
         several = {f"loras__lora{place}": one["lora"] for place, one in enumerate(made)}
-        compared = graph.add("HYWUCompareLoRAs", "How alike they are", width=WIDE, **several)
+        compared = graph.add("HYWUCompareLoRAs", "How alike they are", wide=WIDE, **several)
         graph.column()
-        graph.add("PreviewImage", "Norms by block", width=WIDE, images=looked["image"])
-        graph.add("PreviewImage", "Likeness", width=WIDE, images=compared["image"])
+        graph.add("PreviewImage", "Norms by block", wide=WIDE, images=looked["image"])
+        graph.add("PreviewImage", "Likeness", wide=WIDE, images=compared["image"])
 
 
 def save_and_reload(graph: Graph) -> None:
@@ -234,7 +234,7 @@ def hooks(graph: Graph) -> None:
         graph.column()
         masked = [
             graph.add(
-                "PairConditioningSetProperties", title, width=330, positive_NEW=edit["positive"],
+                "PairConditioningSetProperties", title, wide=330, positive_NEW=edit["positive"],
                 negative_NEW=edit["negative"], mask=mask, hooks=hook, strength=1.0, set_cond_area="default",
             )
             for title, edit, mask, hook in zip(("Left", "Right"), edits, (left, right), made, strict=True)
@@ -289,7 +289,7 @@ def train(graph: Graph) -> None:
         )  # fmt: skip
         graph.column()
         trained = graph.add(
-            "HYWUTrainGenerator", width=340, model=base["model"], latents=pairs["latents"], positive=pairs["positive"],
+            "HYWUTrainGenerator", wide=340, model=base["model"], latents=pairs["latents"], positive=pairs["positive"],
             generator=fresh["generator"], generator_positive=pairs["generator_positive"], vae=base["vae"],
             instructions=pairs["instructions"], run_name="darken-and-brighten", steps=120, batch_size=8,
             learning_rate=0.001, warmup=12, gradient_checkpointing=False, validate_every=40, held_out=4, keep_every=120,
@@ -321,7 +321,7 @@ def teach(graph: Graph) -> None:
         after = graph.add("ImageInvert", "How they shall look", image=before)["IMAGE"]
     with graph.group("3  Teach"):
         taught = graph.add(
-            "HYWUTeachGenerator", width=340, model=studio.model, clip=studio.clip, vae=studio.vae,
+            "HYWUTeachGenerator", wide=340, model=studio.model, clip=studio.clip, vae=studio.vae,
             generator=studio.generator, before=before, after=after, instruction=NEW, run_name="invert", steps=120,
             old_instructions="\n".join(OLD),
         )  # fmt: skip

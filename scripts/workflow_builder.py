@@ -123,11 +123,12 @@ class Graph:
         self._top = 2 * TITLE + MARGIN
 
     def add(
-        self, kind: str, title: str | None = None, width: int = WIDTH, models: tuple[dict, ...] = (), **values: Any
+        self, kind: str, title: str | None = None, wide: int = WIDTH, models: tuple[dict, ...] = (), **values: Any
     ) -> Node:
         """A node below the last one.
 
         Args:
+            wide: its width on the canvas.
             models: files that it names: name, url, directory.
             values: its inputs: an output of another node, or a widget's value; dots of their names as two underscores.
         Raises:
@@ -135,7 +136,7 @@ class Graph:
             ValueError: for a socket that must be wired and is not, or a value that the widget does not take.
         """
         node = Node(len(self._nodes) + 1, kind, self._known[kind], title)
-        node.mode, node.models, node.size[0] = MUTED if self._muted else 0, list(models), width
+        node.mode, node.models, node.size[0] = MUTED if self._muted else 0, list(models), wide
         values = {name.replace("__", "."): value for name, value in values.items()}
         self._sockets(node, values)
         self._widgets(node, values)
