@@ -154,7 +154,7 @@ def test_training_from_a_click_to_an_edited_picture(page, server):
     set_widget(page, "HYWUTrainGenerator", "validate_every", 3)
     set_widget(page, "HYWUTrainGenerator", "run_name", f"clicked-{time.monotonic_ns()}")
     picture = saved_picture(server, press_run(page, server))
-    assert picture.shape == (32, 32, 3) and picture.std() > 10
+    assert picture.ndim == 3 and picture.std() > 10
     page.wait_for_function(
         "[...document.querySelectorAll('.hywu-card-page')].some(page => page.innerText.includes('6'))", timeout=20_000
     )
