@@ -267,7 +267,9 @@ def test_a_run_folder_that_cannot_be_written_to(workshop):
 
 def path_of(run, workshop) -> str:
     node = workshop.node("HYWUSaveGenerator")
-    shown = next(data["output"]["text"][0] for kind, data in run.messages if kind == "executed" and data["node"] == node)
+    shown = next(
+        data["output"]["text"][0] for kind, data in run.messages if kind == "executed" and data["node"] == node
+    )
     return re.search(r"^File: (.+)$", shown, re.MULTILINE)[1]
 
 
