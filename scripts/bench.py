@@ -86,7 +86,7 @@ def generator_of(small: bool) -> tuple[Generator, torch.Tensor]:
 
 def bare_products(generator: Generator, length: int) -> Callable[[], None]:
     """The matrix products and attention of a generate, in its chunks, and nothing else."""
-    config, ((layers, each),) = generator.config, positions(generator.config)
+    config, (layers, each) = generator.config, positions(generator.config).grids[0]
     d, heads, width = config.d_model, config.heads, config.head_dim
     rows = plan(config, 1, length, torch.float32).chunk // row_bytes(1, d, torch.float32)
     source = torch.randn(max(layers * each, length), d)
