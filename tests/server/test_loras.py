@@ -34,10 +34,8 @@ def test_the_node_says_what_matched(studio, kohya):
     run = studio.run(loaded(studio, kohya))
     assert run.outcome == "execution_success"
     text = " ".join(str(message) for message in run.messages)
-    assert (
-        "not in this model: lora_unet_nowhere; 1 of a text encoder, which is not part of a MODEL, left out (bypass)"
-        in text
-    )
+    assert "not in this model: lora_unet_nowhere; 1 of a text encoder, which is not part of a MODEL, left out" in text
+    assert "targets (bypass)" in text and "Only a part of this LoRA fits this model" in text
 
 
 def test_a_base_gives_a_loaded_lora_its_own_names(studio, kohya):

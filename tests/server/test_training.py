@@ -4,6 +4,7 @@ an artist can get wrong.
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +267,10 @@ def test_a_run_folder_that_cannot_be_written_to(workshop):
 
 def path_of(run, workshop) -> str:
     node = workshop.node("HYWUSaveGenerator")
-    return next(data["output"]["text"][0] for kind, data in run.messages if kind == "executed" and data["node"] == node)
+    shown = next(
+        data["output"]["text"][0] for kind, data in run.messages if kind == "executed" and data["node"] == node
+    )
+    return re.search(r"^File: (.+)$", shown, re.MULTILINE)[1]
 
 
 def tensors(path: str) -> dict[str, np.ndarray]:

@@ -43,6 +43,7 @@ def server(request, browser, host_dir, tmp_path_factory) -> HostServer:
     _, arguments = request.param
     with HostServer(sys.executable, host_dir, tmp_path_factory.mktemp("web"), arguments=arguments) as server:
         draw_picture(server.input / PICTURE)
+        server.newer = bool(arguments)
         yield server
 
 

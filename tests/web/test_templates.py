@@ -1,4 +1,6 @@
-"""Every template in the real frontend, with classic nodes and with Nodes 2.0: it opens whole, and runs from the page."""
+"""Every template in the real frontends, the host's own with classic nodes and a newer one with Nodes 2.0: it opens whole, and
+runs from the page.
+"""
 
 import json
 import time
@@ -19,18 +21,16 @@ BOXES = """app.graph.nodes.map(node => ({id: String(node.id), type: node.type,
     box: [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]}))"""
 
 
-@pytest.fixture(scope="module", params=["classic", "Nodes 2.0"])
-def page(request, browser, server):
-    """A page with one of the two renderers."""
+@pytest.fixture(scope="module")
+def page(browser, server):
+    """A page with one of the two renderers in each frontend; all four pairs take minutes."""
     page = browser.new_page(viewport={"width": 1800, "height": 1100})
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
     page.goto(f"{server.url}/?template=quickstart&source=hywu")
     page.wait_for_function("window.app?.graph?.nodes.length > 10", timeout=90_000)
-    page.evaluate(
-        f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {str(request.param != 'classic').lower()})"
-    )
+    page.evaluate(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {str(server.newer).lower()})")
     yield page
     page.close()
 
