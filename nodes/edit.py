@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..hywu_core.host import cards, edit
-from .types import Generator, Lora
+from .types import Generator, Lora, part_inputs
 
 
 class HYWUEdit(io.ComfyNode):
@@ -63,26 +63,7 @@ class HYWUEdit(io.ComfyNode):
                     advanced=True,
                     tooltip="How the LoRA is put on the model; see Apply Instance LoRA.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="From which part of the sampling on the LoRA acts. Needs bypass.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Up to which part of the sampling the LoRA acts. Needs bypass.",
-                ),
+                *part_inputs(),
                 io.Conditioning.Input(
                     "empty",
                     optional=True,

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..hywu_core.host import cards, told
 from ..hywu_core.host.lora import apply, lora_cards, store
-from .types import curve_input, lora_input, lora_outputs
+from .types import curve_input, lora_input, lora_outputs, part_inputs
 
 
 class HYWUApplyLoRA(io.ComfyNode):
@@ -38,26 +38,7 @@ class HYWUApplyLoRA(io.ComfyNode):
                     "bypass, and merge where that cannot do it: on a compiled model, and for what of a LoRA cannot stand "
                     "beside a layer.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="From which part of the sampling on the LoRA acts. Needs bypass.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Up to which part of the sampling the LoRA acts. Needs bypass.",
-                ),
+                *part_inputs(),
                 curve_input(
                     "What the strength is multiplied by, from the first step (left) to the last one (right): from Curve "
                     "Editor. Needs bypass."

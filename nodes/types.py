@@ -29,3 +29,24 @@ def curve_input(tooltip: str) -> io.Curve.Input:
     curve = io.Curve.Input("curve", optional=True, socketless=False, default=[(0.0, 1.0), (1.0, 1.0)], tooltip=tooltip)
     curve.force_input = True
     return curve
+
+
+def part_inputs() -> list[io.Float.Input]:
+    """The part of the sampling in which a LoRA acts."""
+    ends = (
+        ("start_percent", 0.0, "From which part of the sampling on"),
+        ("end_percent", 1.0, "Up to which part of the sampling"),
+    )
+    return [
+        io.Float.Input(
+            name,
+            default=default,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip=f"{words} the LoRA acts. Needs bypass.",
+        )
+        for name, default, words in ends
+    ]

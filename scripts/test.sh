@@ -31,9 +31,9 @@ cd "$ROOT"
 
 # Two halves at once, each for one core. Arguments may leave one of them without a test (code 5 of pytest).
 half() { "$(host_python)" -m pytest "${@}" || { local code=$?; [ "$code" = 5 ] || return "$code"; }; }
-half tests/core tests/machines tests/server "$@" &
+half tests/core tests/machines tests/server tests/web "$@" &
 other=$!
 code=0
-half tests/host tests/web "$@" || code=$?
+half tests/host "$@" || code=$?
 wait "$other" || code=$?
 exit "$code"

@@ -75,11 +75,12 @@ class Likeness(NamedTuple):
 
 
 def likeness(written: InstanceLora, wanted: InstanceLora) -> Likeness:
-    """The means over the instances of what each is to the wanted one.
+    """The means over the instances of what each is to the wanted one, taken in float64.
 
     Raises:
         LoraError: see `weight_distance`.
     """
+    written, wanted = _fine(written), _fine(wanted)
     own, both, other = inner_products(written, wanted)
     tiny = torch.finfo(own.dtype).tiny
     cosine = both / (own * other).clamp(min=tiny).sqrt()
@@ -182,6 +183,11 @@ def _check(written: InstanceLora, wanted: InstanceLora) -> None:
                 f"{name}: the LoRA that is written changes a weight of shape {shapes[0]} (batch first), the wanted one "
                 f"{shapes[1]}. They belong to different bases, or hold different numbers of instances."
             )
+
+
+def _fine(lora: InstanceLora) -> InstanceLora:
+    """In float64, where the terms of equal LoRAs cancel to nothing; on the CPU, as not every device has it."""
+    return lora.to("cpu", torch.float64)
 
 
 def _scaled(pair: LoraFactor, scale: float) -> LoraFactor:

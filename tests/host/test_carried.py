@@ -11,6 +11,7 @@ from test_objective import Pairs, draws
 from hywu_core.bases.pocket import load_pocket_editor
 from hywu_core.errors import MatchError
 from hywu_core.files.lora_files import to_state_dict
+from hywu_core.host import told
 from hywu_core.host.lora.apply import apply_lora
 from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.training.data import Draw
@@ -143,6 +144,19 @@ def test_wrappers_and_patches_of_others_act_one_sample_at_a_time():
         lambda apply, given: 2 * apply(given["input"], given["timestep"], **given["c"])
     )
     assert not torch.allclose(measured(called, family)[0], before, rtol=1e-2)
+
+
+def test_what_only_watches_a_sampling_costs_a_training_nothing(family, caplog):
+    """Apply's look at what the base is told is a wrapper, too; with one of another pack, samples would pass one by one."""
+    lora = families.random_lora(family, 1, size=0.1)
+    patched, _ = apply_lora(family.model, lora, mode="bypass")
+    expected = measured(patched, family)
+    told.watch(patched, lora.with_metadata(condition_digest=[1.0] * 16, regime="blind"), None, None)
+    assert patched.get_wrappers(WrappersMP.APPLY_MODEL, told.KEY)
+    objective = DiffusionObjective(patched)
+    assert not objective.carried.foreign and not objective.carried.one_by_one
+    assert_same(measured(patched, family), expected)
+    assert "told" not in caplog.text
 
 
 def test_blocks_are_remembered_where_a_wrapper_may_change_them_for_the_call_only(caplog):

@@ -76,7 +76,7 @@ def test_the_loss_falls_and_neither_base_nor_generator_changes(family):
     latents, positive = pairs(family)
     handle, before = new(family, positive), weights(family.model)
     first = {name: tensor.clone() for name, tensor in handle.generator.state_dict().items()}
-    trained = run(family, handle, latents, positive, steps=60)
+    trained = run(family, handle, latents, positive, steps=60, batch=PAIRS)
     losses = trained.losses["loss"]
     assert len(losses) == trained.steps == 60
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
@@ -321,7 +321,9 @@ def test_a_failed_training_leaves_no_leak_behind(caplog):
 
 def test_the_node_says_how_far_it_is(monkeypatch):
     said, family = [], flux(channels=16)
-    monkeypatch.setattr(in_server.streaming, "on_node", lambda node: said.append)
+    shown = in_server.ServerFront
+    monkeypatch.setattr(shown, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(shown, "show", lambda self, progress: said.append(str(progress)))
     latents, positive = pairs(family)
     run(family, new(family, positive), latents, positive, steps=4, options={"held_out": 2, "validate_every": 2})
     assert " M parameters" in said[0] and said[0].endswith(" GB of memory beside the base while it is trained.")

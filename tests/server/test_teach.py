@@ -149,7 +149,7 @@ WRONG = {  # {name: (inputs, words of the error)}
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_one_clear_error(server, name):
     inputs, words = WRONG[name]
-    run = server.run(graph("HYWUTeachGenerator", **{"run_name": "wrong", **inputs}))
+    run = server.run(graph("HYWUTeachGenerator", **{"run_name": "wrongly taught", **inputs}))
     assert run.outcome == "execution_error"
     assert run.messages[-1][1]["node_id"] == "teach" and words in run.error
-    assert not (server.output / "hywu" / "wrong").exists()
+    assert not (server.output / "hywu" / "wrongly taught").exists()

@@ -28,8 +28,12 @@ def queued(page) -> dict:
     return {node["class_type"]: node["inputs"] for node in output.values()}
 
 
-LIBRARY = """name => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('subgraph')
-    .subgraphBlueprints.some(found => found.display_name === name)"""
+# the newest frontend keeps blueprints with the other definitions of nodes
+LIBRARY = """name => {
+    const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+    const found = stores.get('subgraph').subgraphBlueprints ?? [...stores.get('nodeDef').blueprintNodeDefsByName.values()];
+    return found.some(blueprint => blueprint.display_name === name);
+}"""
 
 
 def test_the_library_has_it(page):

@@ -29,6 +29,7 @@ from ...lora import LoraFactor
 from ..lora.apply import COMPILE_KEY, KEY, Applied, applied_loras
 from ..lora.bank import Adapter, Bank
 from ..lora.matching import Match
+from ..told import KEY as WATCH_KEY
 
 ACTING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 GUIDANCE = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
@@ -52,7 +53,8 @@ class Carried:
         _refuse(self.options)
         self.loras = tuple(_ours(lora) for lora in applied_loras(given))
         calls = self.options["transformer_options"]["wrappers"].get(WrappersMP.APPLY_MODEL, {})
-        for key in (KEY, COMPILE_KEY):
+        # ours act through `loras`, and what only watches a sampling has nothing to say of a training
+        for key in (KEY, COMPILE_KEY, WATCH_KEY):
             calls.pop(key, None)
         if patcher.model is not given.model:
             _bind_anew(given, patcher)
