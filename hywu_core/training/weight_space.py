@@ -11,7 +11,7 @@ Letters: B batch · r rank. The distance is of the products B.A, which many fact
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,11 +36,7 @@ def weight_distance(written: InstanceLora, wanted: InstanceLora) -> Tensor:
     Raises:
         LoraError: if the two do not have the same targets, shapes and batch.
     """
-    _check(written, wanted)
-    products = inner_products(written, wanted)
-    # the three terms cancel to rounding where both are equal
-    distance = (products.own - 2 * products.both + products.other).clamp(min=0)
-    return torch.where(products.other > 0, distance / torch.where(products.other > 0, products.other, 1.0), distance)
+    return _distance(inner_products(written, wanted))
 
 
 class Products(NamedTuple):
@@ -57,13 +53,7 @@ def inner_products(written: InstanceLora, wanted: InstanceLora) -> Products:
     Raises:
         LoraError: see `weight_distance`.
     """
-    _check(written, wanted)
-    others, total = wanted.factors, None
-    for name, pair in written.factors.items():
-        ours, theirs = _scaled(pair, written.scale), _scaled(others[name], wanted.scale)
-        found = torch.stack([_inner(ours, ours), _inner(ours, theirs), _inner(theirs, theirs)])
-        total = found if total is None else total + found
-    return Products(*total)
+    return _products(written, wanted, lambda pair: pair)
 
 
 class Likeness(NamedTuple):
@@ -75,17 +65,16 @@ class Likeness(NamedTuple):
 
 
 def likeness(written: InstanceLora, wanted: InstanceLora) -> Likeness:
-    """The means over the instances of what each is to the wanted one, taken in float64.
+    """The means over the instances of what each is to the wanted one, taken in float64 on the CPU, target by target.
 
     Raises:
         LoraError: see `weight_distance`.
     """
-    written, wanted = _fine(written), _fine(wanted)
-    own, both, other = inner_products(written, wanted)
+    own, both, other = products = _products(written, wanted, _fine)
     tiny = torch.finfo(own.dtype).tiny
     cosine = both / (own * other).clamp(min=tiny).sqrt()
     strength = (own / other.clamp(min=tiny)).sqrt()
-    return Likeness(*(float(value.mean()) for value in (weight_distance(written, wanted), cosine, strength)))
+    return Likeness(*(float(value.mean()) for value in (_distance(products), cosine, strength)))
 
 
 class Teacher(Protocol):
@@ -185,9 +174,27 @@ def _check(written: InstanceLora, wanted: InstanceLora) -> None:
             )
 
 
-def _fine(lora: InstanceLora) -> InstanceLora:
+def _products(written: InstanceLora, wanted: InstanceLora, prepared: Callable[[LoraFactor], LoraFactor]) -> Products:
+    """See `inner_products`; of the factors as `prepared` gives them."""
+    _check(written, wanted)
+    others, total = wanted.factors, None
+    for name, pair in written.factors.items():
+        ours, theirs = _scaled(prepared(pair), written.scale), _scaled(prepared(others[name]), wanted.scale)
+        found = torch.stack([_inner(ours, ours), _inner(ours, theirs), _inner(theirs, theirs)])
+        total = found if total is None else total + found
+    return Products(*total)
+
+
+def _distance(products: Products) -> Tensor:
+    """See `weight_distance`."""
+    # the three terms cancel to rounding where both are equal
+    distance = (products.own - 2 * products.both + products.other).clamp(min=0)
+    return torch.where(products.other > 0, distance / torch.where(products.other > 0, products.other, 1.0), distance)
+
+
+def _fine(pair: LoraFactor) -> LoraFactor:
     """In float64, where the terms of equal LoRAs cancel to nothing; on the CPU, as not every device has it."""
-    return lora.to("cpu", torch.float64)
+    return LoraFactor(*(tensor.to("cpu", torch.float64) for tensor in pair))
 
 
 def _scaled(pair: LoraFactor, scale: float) -> LoraFactor:

@@ -198,7 +198,7 @@ REFUSED = {  # {name: (how to call, error, words of it)}
     "another base": (
         lambda s: taught(s._replace(model=flux(channels=16).model), handle()),
         MatchError,
-        "another base .*; load the base",
+        r"another base \(pocket editor\); load the base",
     ),
 }  # fmt: skip
 

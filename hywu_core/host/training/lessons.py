@@ -198,8 +198,7 @@ def kept(asked: Asked, pupil: Teacher, teacher: Teacher) -> list[Likeness]:
     with torch.no_grad():
         for text in range(len(asked.texts)):
             samples = asked.of(text)
-            written = pupil.lora(samples)
-            found.append(likeness(written, teacher.lora(samples).to(written.pairs[0].down.device)))
+            found.append(likeness(pupil.lora(samples), teacher.lora(samples)))
     return found
 
 
