@@ -42,3 +42,13 @@ def machine():
 
     with dynamic_vram():
         yield
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    """Runs and generators of a test are its own."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "hywu", ([str(tmp_path / "hywu")], {".safetensors"}))
+    return tmp_path

@@ -5,7 +5,6 @@ import json
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import folder_paths
 import pytest
 import torch
 from families import conditioning, flux, sample, weights, z_image
@@ -24,12 +23,7 @@ from hywu_core.training import SessionOptions, TrainConfig
 STACKS = {"flux": ("double_blocks", "single_blocks"), "z_image": ("noise_refiner", "context_refiner", "layers")}
 
 
-@pytest.fixture(autouse=True)
-def output(tmp_path, monkeypatch):
-    """Runs and generators of a test are its own."""
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "hywu", ([str(tmp_path / "hywu")], {".safetensors"}))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("output")
 
 
 @pytest.fixture(params=STACKS)

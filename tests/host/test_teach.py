@@ -31,13 +31,11 @@ NEW = "more contrast"
 
 
 @pytest.fixture(autouse=True)
-def output(tmp_path, monkeypatch):
-    """Runs, generators and LoRAs of a test are its own."""
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "hywu", ([str(tmp_path / "hywu")], {".safetensors"}))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "loras")], {".safetensors"}))
+def output(output, monkeypatch):
+    """Its LoRAs, too."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(output / "loras")], {".safetensors"}))
     folder_paths.filename_list_cache.pop("loras", None)
-    return tmp_path
+    return output
 
 
 @pytest.fixture(scope="module")

@@ -1,73 +1,24 @@
-"""What the training nodes call: generators for any model, pairs from the host's lists, runs that resume, controls."""
+"""What the training nodes call: generators for any model that learn, measure, and leave everything else as it was."""
 
 import gc
-import json
 import weakref
 
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
-from families import FAMILIES, Family, conditioning, flux, qwen_image, random_lora, weights
+from families import FAMILIES, flux, qwen_image, weights
+from training_runs import PAIRS, new, pairs, run
 
-from hywu_core import MatchError, SaveError
+from hywu_core import MatchError
 from hywu_core.bases.pocket import load_pocket_editor
 from hywu_core.errors import ConditionError, HywuError
 from hywu_core.files.safetensors import open_safetensors
 from hywu_core.host import conditions, memory
-from hywu_core.host.lora.apply import apply_lora
 from hywu_core.host.training import evaluate, in_server, pairs_of_lists, session
-from hywu_core.host.training.identity import digest_of_base
-from hywu_core.host.training.objective import DiffusionObjective, differentiable_base
-from hywu_core.training import SessionOptions, TrainConfig, TrainingError
+from hywu_core.host.training.objective import differentiable_base
+from hywu_core.training import TrainingError
 
-PAIRS = 6
-
-
-@pytest.fixture(autouse=True)
-def output(tmp_path, monkeypatch):
-    """Runs and generators of a test are its own."""
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "hywu", ([str(tmp_path / "hywu")], {".safetensors"}))
-    return tmp_path
-
-
-def pairs(family, count=PAIRS, width=12):
-    """Two kinds of edits of random pictures: what is right is the source, brighter or darker, as the words say."""
-    source = torch.Generator().manual_seed(11)
-    latents, positive = [], []
-    for index in range(count):
-        picture = torch.randn(family.latent.shape, generator=source)
-        ((tokens, options),) = conditioning(width, 8, seed=index % 2)
-        latents.append({"samples": picture + (1.5 if index % 2 else -1.5)})
-        positive.append([[tokens, options | {"reference_latents": [picture]}]])
-    return latents, positive
-
-
-def new(family, positive, **settings):
-    return memory.new_for(
-        family.model, positive[0], settings.pop("source", "instruction and source picture"),
-        **{"seed": 0, "rank": 4, "alpha": 8.0, "size": "small", **settings},
-    )  # fmt: skip
-
-
-def run(family, handle, latents, positive, reads=None, steps=12, name="run", **settings):
-    given = {"validate_every": 0, "checkpointing": False, "held_out": 0, "vae": None, **settings.pop("options", {})}
-    held_out, vae, recompute = (given.pop(name) for name in ("held_out", "vae", "checkpointing"))
-    options = SessionOptions(**{"checkpoint_stack": "all" * recompute, "checkpoint_generator": recompute} | given)
-    how = TrainConfig(**{"steps": steps, "batch": 4, "learning_rate": 3e-3, "warmup": 2, **settings})
-    return in_server.train_on_lists(
-        family.model if isinstance(family, Family) else family,
-        handle,
-        latents,
-        positive,
-        reads,
-        how,
-        options,
-        name,
-        held_out,
-        vae,
-    )
+pytestmark = pytest.mark.usefixtures("output")
 
 
 @pytest.mark.parametrize("family", [lambda: flux(channels=16), qwen_image], ids=["flux", "qwen_image"])
@@ -85,226 +36,6 @@ def test_the_loss_falls_and_neither_base_nor_generator_changes(family):
     assert trained.handle.config.hywu["training"]["pairs"] == PAIRS
     lora = memory.generate(trained.handle, conditions.from_host(positive[0]))
     assert max(float(pair.up.abs().max()) for pair in lora.pairs) > 0
-
-
-def test_one_run_or_two_with_a_pause_give_the_same_generator():
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    whole = run(family, handle, latents, positive, steps=6, name="whole", ema=0.9)
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        interrupted_after(3, lambda: run(family, handle, latents, positive, steps=6, name="paused", ema=0.9))
-    again = run(family, handle, latents, positive, steps=6, name="paused", ema=0.9)
-    states = whole.handle.generator.state_dict(), again.handle.generator.state_dict()
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-    assert whole.losses["loss"][:3] == pytest.approx(again.losses["loss"][:3], rel=1e-5)
-    assert again.steps == 6 and len(again.losses["loss"]) == 6
-
-
-def of_two_sizes(family, wide=4, tall=4):
-    """Pairs as `pairs` makes them, some of which are wide and some tall, in turn."""
-    latents, positive = pairs(family, wide + tall)
-    kinds = [index % 2 == 0 for index in range(2 * min(wide, tall))] + [wide > tall] * abs(wide - tall)
-    for latent, entry, is_wide in zip(latents, positive, kinds, strict=True):
-        part = (..., slice(None), slice(2)) if is_wide else (..., slice(2), slice(None))
-        latent["samples"] = latent["samples"][part]
-        entry[0][1]["reference_latents"] = [entry[0][1]["reference_latents"][0][part]]
-    return latents, positive
-
-
-def test_pictures_of_two_sizes_train_in_batches_of_one(monkeypatch):
-    family = flux(channels=16)
-    latents, positive = of_two_sizes(family)
-    sizes = {tuple(latent["samples"].shape) for latent in latents}
-    assert len(sizes) == 2
-    handle, passes = new(family, positive), []
-    losses = DiffusionObjective._losses
-    monkeypatch.setattr(
-        DiffusionObjective,
-        "_losses",
-        lambda self, noised: (passes.append(noised.latents.shape), losses(self, noised))[1],
-    )
-    whole = run(family, handle, latents, positive, steps=8, name="whole")
-    trained = [shape for shape in passes if len(shape) and shape[0] == 4]
-    assert len(trained) >= 8 and len({shape[1:] for shape in trained}) == 2, "a pass for each batch of four"
-    assert not [shape for shape in passes if shape[0] not in (4,)], "no batch was taken apart"
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        interrupted_after(3, lambda: run(family, handle, latents, positive, steps=8, name="paused"))
-    again = run(family, handle, latents, positive, steps=8, name="paused")
-    assert same(whole.handle, again.handle)
-
-
-def test_one_odd_pair_costs_one_more_pass_and_its_batch_has_the_same_gradients():
-    family = flux(channels=16)
-    latents, positive = of_two_sizes(family, wide=5, tall=1)
-    together = run(family, new(family, positive), latents, positive, steps=3, batch=6, name="together")
-    alone = run(family, new(family, positive), latents, positive, steps=3, batch=6, micro_batch=1, name="alone")
-    assert together.losses["loss"] == pytest.approx(alone.losses["loss"], rel=1e-4)
-
-
-def interrupted_after(steps, work):
-    """Press Cancel after some steps of training."""
-    show = in_server.ServerFront.show
-
-    def pressing(self, progress):
-        if progress.done == steps:
-            comfy.model_management.interrupt_current_processing()
-        show(self, progress)
-
-    in_server.ServerFront.show = pressing
-    try:
-        return work()
-    finally:
-        in_server.ServerFront.show = show
-        comfy.model_management.interrupt_current_processing(False)
-
-
-def same(one, other):
-    """Whether two generators have the same weights."""
-    states = [handle.generator.state_dict() for handle in (one, other)]
-    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-
-
-def test_a_finished_run_of_the_same_name_is_returned(output):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    first = run(family, handle, latents, positive, steps=2)
-    assert (output / "output" / "hywu" / "run" / "log.csv").read_text().count("\n") == 3
-    again = run(family, handle, latents, positive, steps=2)
-    assert same(first.handle, again.handle) and again.losses["loss"] == pytest.approx(first.losses["loss"], rel=1e-5)
-
-
-def other_data(latents, positive):
-    """{what differs: (latents, positive)} of the same number and sizes."""
-    spoken = [[[tokens + 1, options]] for ((tokens, options),) in positive]
-    seen = [[[t, o | {"reference_latents": [v + 1 for v in o["reference_latents"]]}]] for ((t, o),) in positive]
-    return {
-        "pictures": ([{"samples": value["samples"] + 1} for value in latents], positive),
-        "instructions": (latents, spoken),
-        "conditions": (latents, seen),
-    }
-
-
-@pytest.mark.parametrize("what", ["pictures", "instructions", "conditions"])
-@pytest.mark.parametrize("steps", [2, 4])
-def test_other_data_under_the_same_name_never_gives_the_old_generator(what, steps):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    first = run(family, handle, latents, positive, steps=2)
-    other = other_data(latents, positive)[what]
-    with pytest.raises(TrainingError, match=f"started with other .*{what}.*restart.*new run name"):
-        run(family, handle, *other, steps=steps)
-    again = run(family, handle, *other, steps=2, options={"if_exists": "restart"})
-    apart = run(family, handle, *other, steps=2, name="apart")
-    assert same(again.handle, apart.handle) and not same(again.handle, first.handle)
-
-
-def test_another_base_generator_or_setting_under_the_same_name_is_refused_by_name():
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    run(family, handle, latents, positive, steps=2)
-    for changes, name in (
-        ({"learning_rate": 1.0}, "learning_rate"),
-        ({"options": {"precision": "bfloat16"}}, "precision"),
-    ):
-        with pytest.raises(TrainingError, match=f"other {name} "):
-            run(family, handle, latents, positive, steps=2, **changes)
-    with pytest.raises(TrainingError, match="other generator"):
-        run(family, new(family, positive, seed=1), latents, positive, steps=2)
-    with pytest.raises(TrainingError, match="other .*pairs .6, now 4"):
-        run(family, handle, latents[:4], positive[:4], steps=2)
-    lora = random_lora(flux(channels=16), 1)
-    for mode in ("merge", "bypass"):
-        other, _ = apply_lora(family.model, lora, mode=mode)
-        with pytest.raises(TrainingError, match="other base"):
-            run(other, handle, latents, positive, steps=2)
-    with torch.no_grad():
-        family.model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight += 1
-    with pytest.raises(TrainingError, match="other base"):
-        run(family, handle, latents, positive, steps=2)
-
-
-def test_a_base_is_known_again_while_a_lora_is_merged_into_its_weights():
-    family = flux(channels=16)
-    patched, _ = apply_lora(family.model, random_lora(family, 1), mode="merge")
-    before, plain = digest_of_base(patched), digest_of_base(family.model)
-    assert before != plain
-    comfy.model_management.load_models_gpu([patched], force_full_load=True)
-    assert patched.backup and digest_of_base(patched) == before
-    comfy.model_management.unload_all_models()
-    assert digest_of_base(family.model) == plain
-
-
-def test_a_run_is_extended_shortened_restarted_or_refused_on_purpose(output):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    first = run(family, handle, latents, positive, steps=3)
-    longer = run(family, handle, latents, positive, steps=6)
-    assert longer.steps == 6 and len(longer.losses["loss"]) == 6 and not same(longer.handle, first.handle)
-    assert longer.losses["loss"][:3] == pytest.approx(first.losses["loss"], rel=1e-5)
-    state = output / "output" / "hywu" / "run" / "state.safetensors"
-    before = state.read_bytes()
-    shorter = run(family, handle, latents, positive, steps=2)
-    assert shorter.steps == 6 and same(shorter.handle, longer.handle) and state.read_bytes() == before
-    assert shorter.handle.config.hywu["training"]["steps"] == 6
-    with pytest.raises(TrainingError, match="holds a run already"):
-        run(family, handle, latents, positive, steps=6, options={"if_exists": "refuse"})
-    again = run(family, handle, latents, positive, steps=3, options={"if_exists": "restart"})
-    assert again.steps == 3 and same(again.handle, first.handle)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "\xff\xfe", "[" * 100_000])
-def test_a_damaged_description_of_a_run_is_one_clear_error(output, text):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    run(family, handle, latents, positive, steps=1)
-    (output / "output" / "hywu" / "run" / "run.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(TrainingError, match="run.json beside it does not say of which .*restart"):
-        run(family, handle, latents, positive, steps=1)
-    run(family, handle, latents, positive, steps=1, options={"if_exists": "restart"})
-
-
-def test_cancelling_leaves_a_generator_and_says_how_to_go_on(output, caplog):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    caplog.set_level("INFO")
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        interrupted_after(3, lambda: run(family, handle, latents, positive, steps=6, ema=0.9))
-    folder = output / "output" / "hywu" / "run"
-    assert "Stopped after step 3 of 6. The state is kept in" in caplog.text and str(folder) in caplog.text
-    assert "memory leak" not in caplog.text
-    left = memory.load(folder / "generator.safetensors")
-    assert left.config.hywu["training"]["steps"] == 3
-    taken = run(family, handle, latents, positive, steps=3, ema=0.9)
-    assert taken.steps == 3 and same(taken.handle, left)
-
-
-def test_a_file_ends_a_run_as_if_it_were_done(output):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive)
-    folder = output / "output" / "hywu" / "run"
-    folder.mkdir(parents=True)
-    (folder / "finish").touch()
-    ended = run(family, handle, latents, positive, steps=50)
-    assert ended.steps == 1 and not (folder / "finish").exists()
-    assert ended.handle.config.hywu["training"]["steps"] == 1
-
-
-def test_generators_are_kept_on_the_way(output):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    trained = run(family, new(family, positive), latents, positive, steps=5, name="mine/a", options={"keep_every": 2})
-    kept = sorted(path.relative_to(output).as_posix() for path in (output / "hywu").rglob("*.safetensors"))
-    assert kept == [f"hywu/mine/a/step-00000{step}.safetensors" for step in (2, 4)]
-    assert memory.load(output / kept[1]).config.hywu["training"]["steps"] == 4
-    assert not same(memory.load(output / kept[0]), trained.handle)
 
 
 def test_a_failed_training_leaves_no_leak_behind(caplog):
@@ -377,15 +108,6 @@ def test_a_trained_generator_survives_saving_with_how_it_was_trained(output):
     assert memory.save(trained.handle, "mine").name == "mine-2.safetensors"
 
 
-@pytest.mark.parametrize("name", ["", "  ", "../elsewhere", "/tmp/elsewhere", "."])
-def test_names_that_lead_elsewhere_are_refused(name):
-    family = flux(channels=16)
-    with pytest.raises(SaveError, match="no name for a run"):
-        in_server.run_folder(name)
-    with pytest.raises(SaveError, match="no name for a generator"):
-        memory.save(new(family, pairs(family)[1]), name)
-
-
 def test_a_loss_that_is_not_finite_names_step_and_pair_and_keeps_the_last_good_state(output):
     family = flux(channels=16)
     latents, positive = pairs(family)
@@ -428,43 +150,6 @@ def test_validation_changes_nothing():
     assert quiet.handle.generator.state_dict().keys() == measured.handle.generator.state_dict().keys()
     for name, tensor in quiet.handle.generator.state_dict().items():
         assert torch.equal(tensor, measured.handle.generator.state_dict()[name])
-
-
-def wrong_pairs(family):
-    """{what is wrong: (latents, positive, generator_positive, words of the error)}."""
-    latents, positive = pairs(family)
-    ((tokens, options),) = positive[1]
-    other = [[tokens, options | {"reference_latents": [torch.zeros(1, 16, 4, 8)]}]]
-    odd = [{"samples": torch.zeros(1, 16, 7, 8)}, *latents[1:]]
-    return {
-        "none": ([], [], None, "no training pairs"),
-        "one": (latents[:1], positive[:1], None, "one training pair"),
-        "fewer conditionings": (latents, positive[:4], None, "6 latents but 4 of positive"),
-        "fewer for the generator": (latents, positive, positive[:2], "6 latents but 2 of generator_positive"),
-        "a batch without entries": (
-            [{"samples": torch.zeros(3, 16, 8, 8)}] * 2, positive[:2], None, "holds 3 pictures, but positive 1 holds 1"),
-        "another size than its source": (latents, [positive[0], other, *positive[2:]], None, "pair 2 has a latent of 8 x 8"),
-        "an odd size": (odd, positive, None, "of pair 1 has 7 x 8 rows and columns, which are no multiples"),
-        "another VAE": ([{"samples": torch.zeros(1, 4, 8, 8)}] * 6, positive, None, "works on 16 channels"),
-        "not finite": ([{"samples": v["samples"] / 0} for v in latents], positive, None, "NaN or infinity"),
-        "a batched conditioning": (
-            latents, [[[tokens.expand(2, -1, -1), options]], *positive[1:]], None, "batch of 2"),
-        "a ControlNet": (
-            latents, [[[tokens, options | {"control": object()}]], *positive[1:]], None, "pair 1 carries control"),
-        "a mask and a strength": (
-            latents, [[[tokens, options | {"mask": tokens, "strength": 0.5}]], *positive[1:]], None, "mask, strength"),
-        "several conditions": (
-            latents, positive, [[[tokens.expand(2, -1, -1), options]], *positive[1:]], "reads of pair 1 is a batch of 2"),
-    }  # fmt: skip
-
-
-def test_wrong_pairs_are_one_clear_error_each():
-    family = flux(channels=16)
-    handle = new(family, pairs(family)[1])
-    for what, (latents, positive, reads, words) in wrong_pairs(family).items():
-        with pytest.raises(pairs_of_lists.PairError, match=words):
-            run(family, handle, latents, positive, reads)
-            pytest.fail(what)
 
 
 def test_other_bad_input_is_one_clear_error():
@@ -514,57 +199,6 @@ def test_memory_is_given_back(monkeypatch):
     assert len(copies) == 2 and not [copy for copy in copies if copy() is not None]
 
 
-def test_buckets_and_one_conditioning_for_all():
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    config = new(family, positive).config
-    apart = pairs_of_lists.host_pairs(family.model, config, latents, positive)
-    bucket = [{"samples": torch.cat([value["samples"] for value in latents])}]
-    together = pairs_of_lists.host_pairs(family.model, config, bucket, [[entry for (entry,) in positive]])
-    blind = pairs_of_lists.host_pairs(family.model, config, latents, [positive[0]], positive)
-    for one, two, three in zip(apart.samples, together.samples, blind.samples, strict=True):
-        assert torch.equal(one.latent, two.latent) and torch.equal(one.condition, two.condition)
-        assert torch.equal(one.condition, three.condition)
-        assert torch.equal(three.conditioning[0], positive[0][0][0])
-    assert len(set(apart.instructions)) == 2
-
-
-def test_what_pairs_have_in_common_is_kept_once_and_conditions_in_half_their_size():
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    kept = pairs_of_lists.host_pairs(family.model, new(family, positive).config, latents, positive).kept
-    assert kept[0].entry[0] is kept[2].entry[0] and kept[0].entry[0] is not kept[1].entry[0]
-    words, picture = kept[0].condition.parts
-    assert words.tokens is kept[2].condition.parts[0].tokens and words.tokens.dtype == torch.bfloat16
-    assert picture.tokens is kept[0].entry[1]["reference_latents"][0]
-
-
-def test_a_mixed_batch_passes_through_the_base_shape_by_shape(monkeypatch):
-    family, passes = flux(channels=16), []
-    latents, positive = pairs(family)
-    for index in (1, 4):
-        ((tokens, options),) = positive[index]
-        latents[index] = {"samples": torch.randn(1, 16, 4, 12)}
-        positive[index] = [[tokens, options | {"reference_latents": [torch.randn(1, 16, 4, 12)]}]]
-    apply = family.model.model.apply_model
-    monkeypatch.setattr(
-        family.model.model, "apply_model", lambda x, *a, **k: passes.append(len(x)) or apply(x, *a, **k)
-    )
-    run(family, new(family, positive), latents, positive, steps=2, batch=6)
-    # before the second of each step, the base's own loss
-    assert sorted(passes) == [2] * 4 + [4] * 4
-
-
-def test_pairs_may_have_sizes_of_their_own():
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    ((tokens, options),) = positive[0]
-    latents[0] = {"samples": torch.randn(1, 16, 4, 12)}
-    positive[0] = [[tokens, options | {"reference_latents": [torch.randn(1, 16, 4, 12)]}]]
-    trained = run(family, new(family, positive), latents, positive, steps=3, batch=6)
-    assert all(loss == loss for loss in trained.losses["loss"])
-
-
 def test_the_generator_in_training_may_be_made_in_inference_mode():
     """As nodes run in."""
     family = flux(channels=16)
@@ -602,52 +236,6 @@ def test_shuffled_pairs_have_another_instruction_where_there_is_one():
     assert all(i != other for i, other in enumerate(evaluate.partners(["a"] * 4, seed=3)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_hidden_states_of_the_base(name):
-    family = FAMILIES[name]() if not name.startswith("flux") else flux(channels=16)
-    ((tokens, options),) = family.conditioning
-    entry = [[tokens, options | {"reference_latents": [torch.randn(family.latent.shape)]}]]
-    before = weights(family.model)
-    seen = conditions.hidden_states(family.model, entry)
-    assert seen.ndim == 3 and seen.shape[0] == 1 and torch.isfinite(seen).all()
-    assert torch.equal(seen, conditions.hidden_states(family.model, entry))
-    other = [[tokens, options | {"reference_latents": [torch.randn(family.latent.shape)]}]]
-    assert not torch.equal(seen, conditions.hidden_states(family.model, other))
-    assert not [m for m in family.model.model.diffusion_model.modules() if m._forward_hooks]
-    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(family.model).items())
-
-
-def test_hidden_states_are_the_last_blocks_streams_side_by_side():
-    family = qwen_image()
-    ((tokens, options),) = family.conditioning
-    entry = [[tokens, options | {"reference_latents": [torch.randn(family.latent.shape)]}]]
-    text, pictures = tokens.shape[1], 2 * 4 * 4  # the noisy picture and its reference, in patches of 2
-    assert conditions.hidden_states(family.model, entry).shape == (1, text + pictures, 32)
-
-
-def test_hooks_are_removed_after_an_error():
-    family = flux(channels=16)
-    ((tokens, options),) = family.conditioning
-    entry = [[tokens[..., :-1], options | {"reference_latents": [family.latent]}]]  # of another text encoder
-    with pytest.raises(RuntimeError):
-        conditions.hidden_states(family.model, entry)
-    assert not [m for m in family.model.model.diffusion_model.modules() if m._forward_hooks]
-    with pytest.raises(ConditionError, match="no reference latent"):
-        conditions.hidden_states(family.model, family.conditioning)
-
-
-def test_a_generator_reads_the_hidden_states_that_training_computed():
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    handle = new(family, positive, source="hidden states of the base")
-    assert [part["kind"] for part in handle.config.hywu["condition"]] == ["hidden_states"]
-    trained = run(family, handle, latents, positive, steps=2)
-    condition = conditions.from_host(positive[0], model=family.model)
-    assert memory.generate(trained.handle, condition).batch == 1
-    with pytest.raises(ConditionError, match="reads hidden_states"):
-        memory.generate(trained.handle, conditions.from_host(positive[0]))
-
-
 def test_a_deep_copy_is_made_where_weights_came_from_inference_mode():
     """What loaders in nodes give; the copy is what is trained on, and the MODEL given stays."""
     with torch.inference_mode():
@@ -655,11 +243,3 @@ def test_a_deep_copy_is_made_where_weights_came_from_inference_mode():
     copy = differentiable_base(model)
     assert copy.model is not model.model
     assert not any(parameter.is_inference() for parameter in copy.model.parameters())
-
-
-def test_what_a_run_is_about_is_written_down(output):
-    family = flux(channels=16)
-    latents, positive = pairs(family)
-    run(family, new(family, positive), latents, positive, steps=1)
-    about = json.loads((output / "output" / "hywu" / "run" / "run.json").read_text())
-    assert about["pairs"] == PAIRS and about["precision"] == "float32"
