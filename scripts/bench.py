@@ -3,8 +3,9 @@
     generate    the generator against the bare matrix products and attention of the same shapes
     forward     generate against the same forward unchunked
     apply       putting a LoRA beside the layers against the host's own bypass loader
-    switch      from one LoRA to the next and a model call, against the host's merge, which rewrites weights
-    sample      one sampling step with a LoRA in bypass against the host's own bypass
+    switch      from one LoRA to the next, against the host's merge, which rewrites weights
+    sample      sampling with a LoRA in bypass against the host's own bypass
+    switch-flux, sample-flux    the same on a random Flux of 300 M parameters; scripts/bench_switch.py asks a server
     load        a generator's file against reading its tensors alone
     train-step  two-stage backward against one graph
 
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,11 +134,14 @@ def forward(small: bool, turns: int) -> Result:
     return compare(lambda: generator.generate(condition), lambda: torch.no_grad()(generator)(condition), turns)
 
 
-def editor_of(small: bool) -> tuple[object, list, torch.Tensor]:
-    """A random pocket editor, a conditioning, and latents to make."""
-    model = build_editor(
-        EditorConfig(width=128, heads=4, depth=2) if small else EditorConfig(width=256, heads=8, depth=6)
-    )
+SMALL = EditorConfig(width=128, heads=4, depth=2)
+POCKET = EditorConfig(width=256, heads=8, depth=6)
+FLUX = EditorConfig(width=1024, heads=32, depth=8)  # 303 M parameters
+
+
+def editor_of(config: EditorConfig) -> tuple[object, list, torch.Tensor]:
+    """A random editor, a conditioning, and latents to make."""
+    model = build_editor(config)
     picture = torch.randn(1, 3, 48, 48)
     options = {"pooled_output": torch.randn(1, 64), "reference_latents": [picture]}
     return model, [[torch.randn(1, 16, 64), options]], picture
@@ -171,13 +176,13 @@ def merged_by_host(model: object, lora: InstanceLora) -> object:
 
 
 def apply(small: bool, turns: int) -> Result:
-    model, *_ = editor_of(small)
+    model, *_ = editor_of(SMALL if small else POCKET)
     lora = random_lora(model, 0)
     return compare(lambda: bypassed(model, lora), lambda: bypassed_by_host(model, lora), turns, inner=5)
 
 
-def switch(small: bool, turns: int) -> Result:
-    model, *_ = editor_of(small)
+def switch(small: bool, turns: int, config: EditorConfig = POCKET) -> Result:
+    model, *_ = editor_of(SMALL if small else config)
     loras = [random_lora(model, seed) for seed in range(2)]
 
     def run(put: Callable) -> None:
@@ -187,8 +192,8 @@ def switch(small: bool, turns: int) -> Result:
     return compare(lambda: run(bypassed), lambda: run(merged_by_host), turns)
 
 
-def sample_step(small: bool, turns: int) -> Result:
-    model, conditioning, like = editor_of(small)
+def sampled(small: bool, turns: int, config: EditorConfig = POCKET) -> Result:
+    model, conditioning, like = editor_of(SMALL if small else config)
     lora = random_lora(model, 0)
     ours, theirs = bypassed(model, lora), bypassed_by_host(model, lora)
     return compare(*(lambda m=m: sample(m, conditioning, like, steps=8) for m in (ours, theirs)), turns)
@@ -213,7 +218,8 @@ def train_step(small: bool, turns: int) -> Result:
 
 
 SUITES = {
-    "generate": generate, "forward": forward, "apply": apply, "switch": switch, "sample": sample_step, "load": load,
+    "generate": generate, "forward": forward, "apply": apply, "switch": switch, "sample": sampled,
+    "switch-flux": partial(switch, config=FLUX), "sample-flux": partial(sampled, config=FLUX), "load": load,
     "train-step": train_step,
 }  # fmt: skip
 

@@ -9,7 +9,8 @@ from toy_mixture import LAYERS, stacked
 
 from hywu_core import InstanceLora, LoraFactor
 from hywu_core.files.lora_files import METADATA_KEY, from_state_dict, to_peft_state_dict, to_state_dict
-from hywu_core.host.lora import foreign
+from hywu_core.host import cards
+from hywu_core.host.lora import foreign, lora_cards
 from hywu_core.host.lora.apply import apply_lora
 from hywu_core.host.lora.bank import delta_of
 from hywu_core.host.lora.experts import Rows
@@ -153,3 +154,14 @@ def test_experts_that_are_brought_one_by_one_give_the_same(toy, lora, golden, mo
     monkeypatch.setattr(Rows, "_expert_alone", lambda bank, x, e: brought.append(e) or alone(bank, x, e))
     close(toy.model.run(patched, token), whole)
     assert len(brought) == 2 * 2 * LAYERS  # two experts, two banks
+
+
+def test_a_merge_into_banks_that_do_not_stay_is_cautioned_against(toy, lora, monkeypatch):
+    """There the host writes the LoRA into a bank again whenever it fetches it."""
+    assert apply_lora(toy, lora, 1.0, "merge")[1].caution == ""
+    monkeypatch.setattr(comfy.model_management, "maximum_vram_for_weights", lambda device: 0)
+    patched, matches = apply_lora(toy, lora, 1.0, "merge")
+    assert "The mode bypass gives the same picture" in matches.caution
+    card = lora_cards.applied(lora, matches, 1.0, "merge")
+    assert card.level == cards.NOTICE and matches.caution in card.notes
+    assert apply_lora(toy, lora, 1.0, "bypass")[1].caution == ""

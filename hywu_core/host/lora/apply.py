@@ -107,8 +107,10 @@ def apply_lora(
     if matches.patches:
         _check_object_patches(_keys(matches.patches), model)
         _merge(clone, [patch for _, patches in matches.patches for patch in patches], strength)
-    matches = matches._replace(how=_how(matches, inside))
+    matches = matches._replace(how=_how(matches, inside), caution=_caution(matches, inside, model))
     logging.log(logging.WARNING if matches.missing else logging.INFO, "HY-WU: %s (%s).", matches, matches.how)
+    if matches.caution:
+        logging.warning("HY-WU: %s", matches.caution)
     return clone, matches
 
 
@@ -233,6 +235,17 @@ def _how(matches: Matches, inside: bool) -> str:
     if inside:
         return "merge"
     return f"bypass; merged: {matches.kinds}" if matches.patches else "bypass"
+
+
+def _caution(matches: Matches, inside: bool, model: comfy.model_patcher.ModelPatcher) -> str:
+    """What does not stay on the device is merged anew whenever it is fetched, a whole bank of experts at a time."""
+    banks = inside and any(found.pair.grouped for found in matches.matched)
+    if not banks or model.model_size() <= comfy.model_management.maximum_vram_for_weights(model.load_device):
+        return ""
+    return (
+        "This model is larger than the memory of its device, and a merged LoRA is written into its banks of experts again each "
+        "time one is fetched, in every step. The mode bypass gives the same picture without that."
+    )
 
 
 def _as_patch(found: Match, scale: float) -> Patch:

@@ -21,9 +21,11 @@ def applied(lora: InstanceLora, matches: Matches, strength: float, mode: str) ->
     )
     if strength == 0:
         return Card("Off: the strength is 0", rows, level=NOTICE)
-    notes = () if not (matches.missing or matches.text_encoder) else (str(matches),)
+    notes = (str(matches),) if matches.missing or matches.text_encoder else ()
     if matches.missing:
         return Card("Only a part of this LoRA fits this model", rows, notes, WARNING)
+    if matches.caution:
+        return Card("The LoRA is in the model's weights, where it is slow", rows, (*notes, matches.caution), NOTICE)
     return Card("The LoRA is on the model", rows, notes)
 
 

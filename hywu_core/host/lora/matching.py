@@ -48,6 +48,7 @@ class Matches(NamedTuple):
     patches: tuple[tuple[str, tuple[Patch, ...]], ...] = ()  # by name in the LoRA: what cannot stand beside a layer
     text_encoder: tuple[str, ...] = ()  # names that are no MODEL's business
     how: str = ""  # bypass, merge, or what of both
+    caution: str = ""  # what an artist should know of that
 
     @property
     def found(self) -> int:
