@@ -22,7 +22,7 @@ from .chunked import Engine, generate_layers
 from .config import GeneratorConfig
 from .errors import ConditionError, GenerationError
 from .layout import LayerPlace, detokenize, full_name, layer_places, target_names, targets
-from .lora import InstanceLora, LoraFactor
+from .lora import InstanceLora, LoraFactor, finite
 from .plan import LEAST_CHUNK, Plan, plan
 from .recompute import recomputed
 from .transformer import EncoderLayer, Tables, TokenTransformer
@@ -196,8 +196,8 @@ class Generator(nn.Module):
         self, place: LayerPlace, tokens: Tensor, device: torch.device, dtype: torch.dtype | None
     ) -> dict[str, LoraFactor]:
         """One layer's factors on their way out, each in a storage of its own, so that no padding is kept alive."""
-        # asked once for the layer, since every question waits for the device; in one pass, which knows NaN and infinity
-        if not torch.isfinite(torch.stack(tokens.aminmax())).all():
+        # asked once for the layer, since every question waits for the device
+        if not finite(tokens):
             several = f" of {self.config.stacks[place.stack].prefix.rstrip('.')}" if len(self.config.stacks) > 1 else ""
             raise GenerationError(
                 f"The generated LoRA is not finite in layer {place.layer}{several}. The generator's weights or the condition "

@@ -143,8 +143,8 @@ def main() -> int:
             found = measure(server, arguments.prompts)
     for way, numbers in found["ways"].items():
         print(
-            f"{way}: a change costs {numbers['change']:.3f} s; a prompt takes {numbers['changed_prompt']:.3f} s with a new LoRA, "
-            f"{numbers['same_lora']:.3f} s with the last one"
+            f"{way}: a change costs {numbers['change']:.3f} s; a prompt takes {numbers['changed_prompt']:.3f} s with a new "
+            f"LoRA, {numbers['same_lora']:.3f} s with the last one"
         )
     print(f"ours / theirs: change {found['change_ratio']:.3f}, whole prompt {found['prompt_ratio']:.3f}")
     if arguments.json:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from ..lora import InstanceLora, LoraFactor, Part, concatenate, times, wide
+from ..lora import InstanceLora, LoraFactor, Part, concatenate, finite, times, wide
 
 STOCK_PREFIX = "diffusion_model."
 PEFT_PREFIX = "base_model.model."
@@ -36,7 +36,7 @@ def check_state(state: Mapping[str, Tensor]) -> None:
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
             kind = "has no values" if tensor.is_meta else f"is a {tensor.layout}, {tensor.dtype} tensor"
             raise LoraError(f"{key} of the LoRA {kind}, expected plain real numbers.")
-        if tensor.is_floating_point() and not torch.isfinite(wide(tensor)).all():
+        if tensor.is_floating_point() and not finite(tensor):
             raise LoraError(
                 f"{key} of the LoRA holds NaN or infinite values; its training has failed, or it is damaged."
             )

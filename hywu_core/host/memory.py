@@ -25,7 +25,7 @@ from ..files.names import below
 from ..files.quantised import FP8, INT8, KEPT_AS, plain, quantised
 from ..generator import Generator
 from ..layout import lora_elements
-from ..lora import INSTRUCTIONS, InstanceLora
+from ..lora import INSTRUCTIONS, InstanceLora, finite
 from ..plan import plan, summary
 from ..training.memory import graph_bytes
 from ..training.trainable import concatenate, instances
@@ -193,7 +193,7 @@ def generate(
     """
     conditions = [condition, *more]
     tokens = [assemble(one, handle.config) for one in conditions]
-    if not all(torch.isfinite(one).all() for one in tokens):
+    if not all(map(finite, tokens)):
         raise ConditionError("The condition holds NaN or infinity. The text or image encoder that made it overflowed.")
     bar = None
 

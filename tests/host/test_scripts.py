@@ -40,6 +40,13 @@ def test_the_benchmark_runs_small(tmp_path):
     assert all(suite["ratio"] > 0 for suite in found["suites"].values()) and Path(files[1]).stat().st_size > 1000
 
 
+def test_a_change_of_lora_is_measured_in_a_server(tmp_path):
+    done = run("bench_switch.py", "--small", "--prompts", "2", "--json", str(tmp_path / "switch.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "switch.json").read_text())
+    assert all(len(way["changes"]) == 2 and way["changed_prompt"] > 0 for way in found["ways"].values())
+
+
 @pytest.fixture
 def plain(tmp_path, fixtures_dir):
     return save_generator(load_generator(fixtures_dir / "gen_2"), tmp_path / "plain.safetensors")

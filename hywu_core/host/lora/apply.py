@@ -243,8 +243,8 @@ def _caution(matches: Matches, inside: bool, model: comfy.model_patcher.ModelPat
     if not banks or model.model_size() <= comfy.model_management.maximum_vram_for_weights(model.load_device):
         return ""
     return (
-        "This model is larger than the memory of its device, and a merged LoRA is written into its banks of experts again each "
-        "time one is fetched, in every step. The mode bypass gives the same picture without that."
+        "This model is larger than the memory of its device, and a merged LoRA is written into its banks of experts again "
+        "each time one is fetched, in every step. The mode bypass gives the same picture without that."
     )
 
 

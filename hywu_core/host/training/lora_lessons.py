@@ -22,7 +22,7 @@ from ...files.lora_files import own_metadata, read_file
 from ...files.safetensors import open_safetensors
 from ...files.text import read_text
 from ...layout import Target, all_targets, place
-from ...lora import InstanceLora, LoraFactor, norms
+from ...lora import InstanceLora, LoraFactor, finite, norms
 from ...training import Sample, TrainConfig
 from ...training.weight_space import Lesson
 from ..lora import foreign
@@ -100,7 +100,7 @@ def aligned(lora: InstanceLora, base: Any, config: GeneratorConfig, name: str) -
     """
     if lora.batch != 1:
         raise LoraError(f"{name} holds {lora.batch} instances; a file holds one.")
-    if not all(torch.isfinite(factor.float()).all() for pair in lora.pairs for factor in pair):
+    if not all(finite(factor) for pair in lora.pairs for factor in pair):
         raise LoraError(f"{name} holds NaN or infinity.")
     found = match(lora, base)
     if found.patches:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...condition import Condition, assemble
 from ...config import GeneratorConfig
 from ...files.safetensors import open_safetensors, write_safetensors
+from ...lora import finite
 from ...training.data import Sample
 from .. import pictures
 from ..conditions import from_host
@@ -320,7 +321,7 @@ def _picture(path: Path, pair: Pair, reading: Reading) -> Tensor:
 
 def _latent(vae: Any, picture: Tensor, path: Path, pair: Pair) -> Tensor:
     latent = vae.encode(picture)
-    if not latent.numel() or not torch.isfinite(latent).all():
+    if not latent.numel() or not finite(latent):
         raise PairError(
             f"{pair.where}: the VAE makes {'nothing' if not latent.numel() else 'NaN or infinity'} of {path}. "
             "Use another picture, or a VAE in float32."

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...condition import HIDDEN_STATES, REFERENCE_LATENT, Condition, ConditionPart, assemble, expected_parts
 from ...config import GeneratorConfig
 from ...knowledge import BLIND, TOLD
+from ...lora import finite
 from ...training.data import Sample
 from ..conditions import from_host
 from ..model import patch_size
@@ -225,7 +226,7 @@ def _check(model: comfy.model_patcher.ModelPatcher, key: str, pair: _Pair) -> No
         )
     if not pair.latent.numel():
         raise PairError(f"The latent of {key} is empty: its picture is too small for the VAE. Use a larger picture.")
-    if not torch.isfinite(pair.latent).all():
+    if not finite(pair.latent):
         raise PairError(f"The latent of {key} holds NaN or infinity. Encode that picture again, in float32.")
     side, size = patch_size(model.model), tuple(pair.latent.shape[-2:])
     if size[0] % side or size[1] % side:
