@@ -1,10 +1,13 @@
 """Measure the shipped pocket editor, generator and shared LoRA on held-out pictures, with every control.
 
-    .venv/bin/python scripts/evaluate_pocket.py [--images DIR] [--seed N] [--json FILE] [--out DIR]
+    .venv/bin/python scripts/evaluate_pocket.py [--images DIR] [--seed N] [--json FILE] [--out DIR] [--words]
 
 Without --images, the shipped test pictures are used: no kind of emoji and no photograph of the training set. With a folder of
 your own, the same edits are measured on it. Then the results of the fair comparison (scripts/sweep_pocket.py) are shown, with
 intervals, gates and findings. The exit code is 1 if a gate of the comparison fails.
+
+With --words, other things are measured: how wordings are understood that were never trained on, whether instructions that
+ask for no edit leave the picture alone, and how well pictures of all sizes are copied.
 """
 
 from __future__ import annotations
@@ -20,19 +23,20 @@ from in_host import ROOT, enter_host
 enter_host()
 import torch  # noqa: E402
 
-from hywu_core import load_generator  # noqa: E402
+from hywu_core import Generator, load_generator  # noqa: E402
 from hywu_core.analysis.geometry import centred, cosines, gram, plane, separation  # noqa: E402
 from hywu_core.analysis.statistics import bootstrap  # noqa: E402
 from hywu_core.bases import pocket  # noqa: E402
 from hywu_core.errors import HywuError  # noqa: E402
 from hywu_core.files.lora_files import load_lora  # noqa: E402
 from hywu_core.host.training.objective import DiffusionObjective  # noqa: E402
-from study import evaluation, figures, pictures, report  # noqa: E402
+from study import evaluation, figures, pictures, reading, report  # noqa: E402
 from study.edits import SUITES  # noqa: E402
 from study.task import Case, EditingTask  # noqa: E402
 
 RESULTS = ROOT / "results" / "pocket.json"
 SUFFIXES = {"blind": "", "told": "-told"}  # of the shipped files
+TAUGHT = {"blind": "eight", "told": "all"}  # the suites that they were trained on
 COUNT = 128
 
 
@@ -46,14 +50,18 @@ def load_pictures(folder: Path | None, size: int, seed: int) -> tuple[torch.Tens
     return found[order], [names[index] for index in order]
 
 
+def shipped(regime: str) -> Generator:
+    """The generator of a regime."""
+    return load_generator(ROOT / "models" / f"pocket-generator{SUFFIXES[regime]}.safetensors")
+
+
 def measure(regime: str, found: torch.Tensor, names: list[str], out: Path) -> dict[str, Any]:
     """Everything about one regime, and its map of LoRAs as a picture."""
     suffix = SUFFIXES[regime]
-    generator = load_generator(ROOT / "models" / f"pocket-generator{suffix}.safetensors")
+    generator = shipped(regime)
     shared = load_lora(pocket.WEIGHTS / f"shared{suffix}.safetensors").to(dtype=torch.float32)
-    suite = "all" if regime == "told" else "eight"
     model, clip, _ = pocket.load_pocket_editor()
-    task = EditingTask(clip, found, names, SUITES[suite], generator.config, regime)
+    task = EditingTask(clip, found, names, SUITES[TAUGHT[regime]], generator.config, regime)
     cases = task.balanced_cases(COUNT)
     scores = {
         "base": evaluation.score(model, task, cases),
@@ -111,7 +119,14 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=32, help="side in pixels")
     parser.add_argument("--json", type=Path, help="also write everything there")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "evaluate", help="where the maps go")
+    parser.add_argument("--words", action="store_true", help="measure wordings, other instructions and copies instead")
     arguments = parser.parse_args()
+    if arguments.words:
+        measured = reading.measure({regime: (shipped(regime), suite) for regime, suite in TAUGHT.items()})
+        print(reading.text(measured))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         found, names = load_pictures(arguments.images, arguments.size, arguments.seed)

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hywu_core.bases.pocket import load_text_encoder, pocket_files
-from hywu_core.bases.pocket.editor import load_editor
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer
 from hywu_core.training.trainable import leaves
 from hywu_core.training.weight_space import Lesson, WeightSpace
 
-from . import evaluation
+from . import bases, evaluation
 from .comparison import SIZE, VARIANTS, composed
 from .continual import Asked
 from .edits import SIXTEEN, Edit
@@ -75,8 +73,7 @@ class Arrivals:
 
     def __init__(self, work: Path, how: How, size: int = SIZE):
         self.work, self.how, self.size = work, how, size
-        self.clip = load_text_encoder(pocket_files().text)
-        self.base = load_editor(pocket_files().editor)
+        self.base, self.clip = bases.load(bases.FIRST)
 
     def score_base(self) -> dict[str, list[float]]:
         """PSNR in dB of the base's test cases, edit by edit."""
@@ -96,7 +93,7 @@ class Arrivals:
         if method == ALL:
             arrival = last
         # fine-tuning changes its base
-        model = load_editor(pocket_files().editor) if method == FULL else self.base
+        model = bases.load_model(bases.FIRST) if method == FULL else self.base
         if arrival and method != ALL:
             _, trainable, objective = built = self._after(method, arrival - 1)
             model = built[0]

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from hywu_core.analysis.geometry import centred, cosines, gram, separation
-from hywu_core.bases.pocket import load_text_encoder, pocket_files
-from hywu_core.bases.pocket.editor import load_editor
 from hywu_core.errors import HywuError
 from hywu_core.files.safetensors import open_safetensors, write_safetensors
 from hywu_core.training import SharedLora, Trainer
 from hywu_core.training.trainable import GeneratorTrainable, leaves
 
-from . import evaluation
+from . import bases, evaluation
 from .edits import SUITES
 from .methods import Run, build, generator_config
 from .pictures import compose
@@ -41,13 +39,13 @@ class Trained(NamedTuple):
 def task_of(run: Run, split: str, size: int = SIZE, variants: int = 1) -> EditingTask:
     """The run's pairs over the pictures of a split."""
     pictures, names = composed(split, size, variants)
-    clip = load_text_encoder(pocket_files().text)
+    clip = bases.load_clip(run.base)
     return EditingTask(clip, pictures, names, SUITES[run.suite], generator_config(), run.regime)
 
 
 def prepare(run: Run) -> Trained:
     """A run before its first step, on a base of its own."""
-    model = load_editor(pocket_files().editor)
+    model = bases.load_model(run.base)
     trainable, objective = build(run, model)
     objective.prepare()
     return Trained(model, trainable, objective)
@@ -100,7 +98,7 @@ def test(run: Run, trained: Trained) -> dict[str, Any]:
 
 def base_scores(run: Run) -> list[float]:
     """The frozen base's PSNR on the same cases."""
-    task, model = task_of(run, "test"), load_editor(pocket_files().editor)
+    task, model = task_of(run, "test"), bases.load_model(run.base)
     return [round(v, 3) for v in evaluation.score(model, task, task.balanced_cases(TEST_CASES)).tolist()]
 
 

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hywu_core.bases.pocket import load_text_encoder, pocket_files
-from hywu_core.bases.pocket.editor import load_editor
 from hywu_core.errors import HywuError
 from hywu_core.files.safetensors import open_safetensors, write_safetensors
 from hywu_core.generator import Generator
@@ -22,7 +20,7 @@ from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer
 from hywu_core.training.weight_space import Lesson, WeightSpace
 
-from . import evaluation
+from . import bases, evaluation
 from .comparison import SIZE, VARIANTS, composed
 from .edits import EIGHT, Edit
 from .methods import generator_config
@@ -81,8 +79,8 @@ class Continual:
     """
 
     def __init__(self, work: Path):
-        self.work, self.model = work, load_editor(pocket_files().editor)
-        self.clip = load_text_encoder(pocket_files().text)
+        self.work, self.model = work, bases.load_model(bases.FIRST)
+        self.clip = bases.load_clip(bases.FIRST)
 
     def train(self, step: Step) -> Generator:
         """The generator after a step; trained if it is not there yet."""

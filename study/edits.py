@@ -36,8 +36,8 @@ def luma(x: Tensor) -> Tensor:
 
 
 def gauss(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, sigma in pixels of a picture 32 wide; borders are mirrored."""
-    sigma *= x.shape[-1] / REFERENCE_SIDE
+    """Gaussian blur, sigma in pixels of a picture whose shorter side is 32; borders are mirrored."""
+    sigma *= min(x.shape[-2:]) / REFERENCE_SIDE
     reach = min(int(3 * sigma + 0.5), min(x.shape[-2:]) - 1)
     offsets = torch.arange(-reach, reach + 1, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)

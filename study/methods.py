@@ -15,6 +15,7 @@ from hywu_core.generator import Generator
 from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.training import FullFineTuning, GeneratorTrainable, SharedLora, Trainable, TrainConfig
 
+from .bases import FIRST
 from .task import Regime
 
 METHODS = ("shared", "shared_x4", "full", "generator")
@@ -30,10 +31,13 @@ class Run(NamedTuple):
     seed: int = 0
     steps: int = 300
     batch: int = 8
+    base: str = FIRST  # one of study.bases.BASES
 
     @property
     def name(self) -> str:
-        return f"{self.regime}-{self.suite}-{self.method}-{self.rate:g}-{self.steps}-s{self.seed}"
+        """A file name; what results name is measured on the first editor unless they say so."""
+        other = "" if self.base == FIRST else f"{self.base}-"
+        return f"{other}{self.regime}-{self.suite}-{self.method}-{self.rate:g}-{self.steps}-s{self.seed}"
 
     def config(self) -> TrainConfig:
         """The same for every method but for the learning rate."""

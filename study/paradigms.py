@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hywu_core.bases.pocket import load_text_encoder, pocket_files
-from hywu_core.bases.pocket.editor import load_editor
 from hywu_core.generator import Generator
 from hywu_core.host.training.objective import DiffusionObjective
 from hywu_core.lora import InstanceLora, LoraFactor
@@ -24,7 +22,7 @@ from hywu_core.training.options import FALLING
 from hywu_core.training.trainable import concatenate, leaves
 from hywu_core.training.weight_space import Lesson, WeightSpace, likeness
 
-from . import evaluation
+from . import bases, evaluation
 from .comparison import SIZE, VARIANTS, composed
 from .continual import Asked
 from .edits import EIGHT, Edit
@@ -92,7 +90,7 @@ class Paradigms:
 
     def __init__(self, work: Path, edits: Sequence[Edit] = EIGHT, size: int = SIZE):
         self.work, self.edits, self.size = work, edits, size
-        self.model, self.clip = load_editor(pocket_files().editor), load_text_encoder(pocket_files().text)
+        self.model, self.clip = bases.load(bases.FIRST)
         self.objective = DiffusionObjective(self.model)
         self.objective.prepare()
 

@@ -21,6 +21,7 @@ from hywu_core.host.pictures import PictureError, read
 
 FOLDER = Path(pocket.__file__).resolve().parent / "tiles"
 TILE, COLUMNS = 64, 16  # pixels of a tile, tiles in a row of a sheet
+SCENE, MORE_TILES = 96, 3  # pixels from which a picture shows more tiles than one, and how many more
 SPLITS = ("train", "validation", "test")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -30,25 +31,41 @@ def split_names(split: str) -> list[str]:
     return json.loads((FOLDER / "pictures.json").read_text(encoding="utf-8"))["splits"][split]
 
 
-def compose(split: str, size: int, variants: int = 1, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """Every tile of a split, `variants` times, each on a background and in a place of its own.
+def compose(
+    split: str, size: int | tuple[int, int], variants: int = 1, seed: int = 0, count: int | None = None
+) -> tuple[Tensor, list[str]]:
+    """Every tile of a split, `variants` times, each on a background and in a place of its own. Pictures of SCENE pixels and
+    more show other tiles of the split beside it.
 
     Args:
-        size: side in pixels.
+        size: side in pixels, or height and width.
         seed: of backgrounds and places; the same seed gives the same pictures.
+        count: of the pictures; drawn with the seed if it is less than all.
     Returns:
-        (count, 3, size, size) in [0, 1], and a name for each. All tiles come once before any comes twice.
+        (count, 3, height, width) in [0, 1], and a name for each. All tiles come once before any comes twice.
     """
     names = split_names(split)
-    sheet = Image.open(FOLDER / f"{split}.webp").convert("RGBA")
+    tiles = _Tiles(split)
+    places = [(variant, place) for variant in range(variants) for place in range(len(names))]
+    if count is not None and count < len(places):
+        places = random.Random(seed).sample(places, count)
     pictures, keys = [], []
-    for variant in range(variants):
-        for place, name in enumerate(names):
-            corner = TILE * (place % COLUMNS), TILE * (place // COLUMNS)
-            tile = sheet.crop((*corner, corner[0] + TILE, corner[1] + TILE))
-            pictures.append(_tensor(_composed(tile, size, random.Random(f"{seed} {variant} {name}"))))
-            keys.append(f"{name}-{variant}")
+    for variant, place in places:
+        chance = random.Random(f"{seed} {variant} {names[place]}")
+        pictures.append(_tensor(_composed(tiles, place, size if isinstance(size, tuple) else (size, size), chance)))
+        keys.append(f"{names[place]}-{variant}")
     return torch.stack(pictures), keys
+
+
+class _Tiles:
+    """The tiles of a split by number."""
+
+    def __init__(self, split: str):
+        self.sheet, self.count = Image.open(FOLDER / f"{split}.webp").convert("RGBA"), len(split_names(split))
+
+    def __getitem__(self, place: int) -> Image.Image:
+        corner = TILE * (place % COLUMNS), TILE * (place // COLUMNS)
+        return self.sheet.crop((*corner, corner[0] + TILE, corner[1] + TILE))
 
 
 def read_folder(folder: Path, size: int) -> tuple[Tensor, list[str]]:
@@ -71,25 +88,38 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def _composed(tile: Image.Image, size: int, chance: random.Random) -> Image.Image:
+def _composed(tiles: _Tiles, place: int, size: tuple[int, int], chance: random.Random) -> Image.Image:
+    tile, (height, width) = tiles[place], size
     if chance.random() < 0.5:
         tile = ImageOps.mirror(tile)
-    if tile.getchannel("A").getextrema()[0] == 255:  # a photograph fills the picture
-        return tile.convert("RGB").resize((size, size), Image.LANCZOS)
+    if _is_photograph(tile):  # fills the picture
+        return ImageOps.fit(tile.convert("RGB"), (width, height), Image.LANCZOS)
     picture = _gradient(size, chance)
-    side = round(size * chance.uniform(0.7, 0.95))
-    corner = chance.randint(0, size - side), chance.randint(0, size - side)
-    tile = tile.resize((side, side), Image.LANCZOS)
-    picture.paste(tile, corner, tile)
+    side = round(min(size) * chance.uniform(0.7, 0.95))
+    _paste(picture, tile, side, chance)
+    if min(size) >= SCENE:
+        others = [tiles[chance.randrange(tiles.count)] for _ in range(MORE_TILES)]
+        for other in others:
+            _paste(picture, other, round(min(size) * chance.uniform(0.2, 0.45)), chance)
     return picture
 
 
-def _gradient(size: int, chance: random.Random) -> Image.Image:
+def _paste(picture: Image.Image, tile: Image.Image, side: int, chance: random.Random) -> None:
+    corner = chance.randint(0, picture.width - side), chance.randint(0, picture.height - side)
+    tile = tile.resize((side, side), Image.LANCZOS)
+    picture.paste(tile, corner, tile)
+
+
+def _is_photograph(tile: Image.Image) -> bool:
+    return tile.getchannel("A").getextrema()[0] == 255
+
+
+def _gradient(size: tuple[int, int], chance: random.Random) -> Image.Image:
     level = chance.uniform(0.15, 0.85)  # dark and bright pictures, for edits that depend on it
     first, second = ([level + chance.uniform(-0.35, 0.35) for _ in range(3)] for _ in range(2))
     across, down = chance.uniform(-1, 1), chance.uniform(-1, 1)
-    axis = numpy.linspace(-0.5, 0.5, size)
-    share = across * axis[None, :] + down * axis[:, None] + 0.5
+    rows, columns = (numpy.linspace(-0.5, 0.5, side) for side in size)
+    share = across * columns[None, :] + down * rows[:, None] + 0.5
     mixed = numpy.array(first) * (1 - share[..., None]) + numpy.array(second) * share[..., None]
     return Image.fromarray((mixed.clip(0, 1) * 255).round().astype(numpy.uint8))
 

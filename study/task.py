@@ -45,6 +45,7 @@ class EditingTask:
         pictures: (N, 3, H, W) in [0, 1]; `names` names them.
         config: of the generator to make conditions for; None where nothing reads one.
         regime: what the base reads, see above.
+        silence: what a base that is told nothing reads; by default what `clip` makes of no words.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class EditingTask:
         edits: Sequence[Edit],
         config: GeneratorConfig | None = None,
         regime: Regime = "told",
+        silence: Words | None = None,
     ):
         self.pictures, self.names, self.edits, self.config, self.regime = pictures, names, tuple(edits), config, regime
         self.words = [[encode_words(clip, text) for text in edit.wordings] for edit in self.edits]
-        self.silence = encode_words(clip, "")
+        self.silence = silence or encode_words(clip, "")
 
     def __len__(self) -> int:
         return len(self.pictures) * len(self.edits)
@@ -110,6 +112,26 @@ class EditingTask:
         turn = lcm(pictures, edits)
         chosen = range(min(count, pictures * edits))
         return [Case(order[(index + index // turn) % pictures], index % edits) for index in chosen]
+
+
+class MixedSizes:
+    """Pairs of several tasks whose pictures differ in size, drawn by their shares.
+
+    Args:
+        tasks: the same edits on pictures of one size each.
+        shares: how often each is drawn, in proportion.
+    """
+
+    def __init__(self, tasks: Sequence[EditingTask], shares: Sequence[float]):
+        self.tasks, self.shares = list(tasks), torch.tensor(shares)
+
+    def __len__(self) -> int:
+        return max(len(task) for task in self.tasks)
+
+    def sample(self, _index: int, source: torch.Generator) -> Sample:
+        """A pair; its size, picture and words are drawn from `source`."""
+        task = self.tasks[int(torch.multinomial(self.shares, 1, generator=source))]
+        return task.sample(int(torch.randint(len(task), (), generator=source)), source)
 
 
 def encode_words(clip: Any, text: str) -> Words:

@@ -128,11 +128,22 @@ def test_marks_of_quantised_weights(told):
 
 
 @pytest.mark.parametrize(
-    "told", ["{", "[]", "{}", '{"axes_dim": 3, "words": 3}', '{"axes_dim": [1], "words": [], "x": 1}']
+    "told",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"axes_dim": 3, "words": 3}',
+        '{"axes_dim": [1], "words": [], "x": 1}',
+        '{"before": 65}',
+        '{"width": "x"}',
+    ],
 )
 @pytest.mark.parametrize("read", [load_editor, load_text_encoder])
 def test_configurations_of_the_pocket_editor(tmp_path, told, read):
     path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"a": torch.zeros(1)}, {editor.CONFIG_KEY: told, text.CONFIG_KEY: told})
+    write_safetensors(
+        path, {"a": torch.zeros(1)}, {editor.CONFIG_KEY: told, text.CONFIG_KEY: told, text.WORDS_KEY: "a"}
+    )
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         read(path)

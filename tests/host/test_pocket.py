@@ -130,10 +130,46 @@ def test_words_are_tokens_and_other_words_are_spelled(loaded):
     _, clip, _ = loaded
     (section,) = clip.tokenize("Make it warmer, zyzzyva é")["pocket"]
     ids = [token for token, _ in section]
-    words = text.Vocabulary(pocket.default_words())
+    words = clip.tokenizer.pocket.tokenizer
     assert len(ids) == 32 and ids[0] == text.START
     assert ids[1:4] == [words.words[word] for word in ("make", "it", "warmer")]
     assert words.decode(ids) == "make it warmer , zyzzyva é"
+
+
+@pytest.mark.parametrize("typed", ["brightem", "brihgten", "brigten", "brightenn", "Bright3n"])
+def test_a_mistyped_word_is_read_as_the_one_that_was_meant(loaded, typed):
+    words = loaded[1].tokenizer.pocket.tokenizer
+    assert (words.read(typed.lower()) == words.words["brighten"]) == typed.isalpha()
+
+
+def test_right_and_short_words_are_never_read_as_others(loaded):
+    words = loaded[1].tokenizer.pocket.tokenizer
+    assert words.read("hat") == words.words["hat"] and words.read("hst") is None
+    assert all(words.read(word) == token for word, token in list(words.words.items())[:2000])
+
+
+def test_words_of_like_meaning_are_alike(loaded):
+    _, clip, _ = loaded
+
+    def likeness(one, other):
+        first, second = (clip.encode_from_tokens(clip.tokenize(t), return_pooled=True)[1] for t in (one, other))
+        return float(torch.cosine_similarity(first, second))
+
+    assert likeness("make it blurry", "soft focus") > likeness("make it blurry", "add a hat") + 0.2
+    assert likeness("vivid colours", "make it colourful") > likeness("vivid colours", "where is the dog") + 0.2
+    # words that tell little hardly matter
+    assert likeness("brighten", "could you please brighten it") > 0.9
+
+
+def test_order_is_in_the_tokens_and_silence_is_nothing(loaded):
+    _, clip, _ = loaded
+
+    def encoded(prompt):
+        return clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+
+    one, other = encoded("warm light and cool shadow"), encoded("cool light and warm shadow")
+    assert torch.allclose(one[1], other[1], atol=1e-4) and not torch.allclose(one[0], other[0], atol=0.1)
+    assert all(tensor.count_nonzero() == 0 for tensor in encoded(""))
 
 
 def test_a_token_means_the_same_whatever_pads_it(loaded):
@@ -169,6 +205,17 @@ def test_save_and_load_give_the_same_weights(tmp_path):
     assert (loaded.num_heads, len(loaded.double_blocks)) == (2, 2)
     for name, tensor in built.model.diffusion_model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_a_table_of_words_keeps_its_numbers_to_a_byte(tmp_path):
+    config = text.TextConfig(words=("make", "warm"), before=8)
+    state = text.initial_state(config, 1)
+    path = pocket.save_text_encoder(state, config, tmp_path / "words.safetensors")
+    clip = pocket.load_text_encoder(path)
+    kept = clip.cond_stage_model.pocket.transformer.state_dict()[text.TABLE]
+    assert kept.shape == (text.FIRST_WORD + 2, 56)
+    torch.testing.assert_close(kept, state[text.TABLE], rtol=0, atol=float(state[text.TABLE].abs().max()) / 254 + 1e-6)
+    assert clip.tokenizer.pocket.tokenizer.read("wram") == text.FIRST_WORD + 1
 
 
 def test_the_same_seed_gives_the_same_weights():

@@ -80,13 +80,13 @@ def test_the_instance_suite_depends_on_the_picture(name):
     assert float(changes.std(0).max()) > 0.02
 
 
-def test_every_edit_has_its_own_words_and_its_opposite_beside_it():
+def test_every_edit_has_its_own_words_and_its_opposite_beside_it(clip):
     for suite in edits.SUITES.values():
         words = [wording for edit in suite for wording in edit.wordings]
         assert len(words) == len(set(words))
         for index in range(len(suite)):
             assert edits.opposite(suite, edits.opposite(suite, index)) == index != edits.opposite(suite, index)
-    vocabulary = set(pocket.default_words())
+    vocabulary = set(clip.tokenizer.pocket.tokenizer.words)
     for edit in edits.SUITES["all"]:
         assert {word for wording in edit.wordings for word in wording.split()} <= vocabulary, edit.name
 

@@ -1,6 +1,6 @@
 """The pocket editor: a tiny but genuine editing model that ships with the pack and runs on a CPU in seconds.
 
-A native ComfyUI Flux with reference latents in pixel space (`editor`), a two-layer text encoder as a stock CLIP (`text`)
+A native ComfyUI Flux with reference latents in pixel space (`editor`), a table of what words mean as a stock CLIP (`text`)
 and the host's own pixel-space VAE (`vae`). Stock nodes use it like any other model. What ships is in `weights/`.
 """
 
@@ -21,7 +21,6 @@ __all__ = [
     "TextConfig",
     "build_editor",
     "build_text_encoder",
-    "default_words",
     "load_editor",
     "load_pocket_editor",
     "load_text_encoder",
@@ -41,12 +40,7 @@ class PocketFiles(NamedTuple):
 
 def pocket_files(folder: Path = WEIGHTS) -> PocketFiles:
     """Paths of the editor's and the text encoder's weights in a folder; by default the one that ships."""
-    return PocketFiles(folder / "editor.safetensors", folder / "text.safetensors")
-
-
-def default_words() -> tuple[str, ...]:
-    """The vocabulary that ships: words of edit instructions, in token order."""
-    return tuple((WEIGHTS / "words.txt").read_text(encoding="utf-8").split())
+    return PocketFiles(folder / "editor.safetensors", folder / "words.safetensors")
 
 
 def load_pocket_editor(folder: Path = WEIGHTS):

@@ -1,8 +1,12 @@
-"""The pocket editor's text encoder: two transformer layers over words, wrapped as a stock `comfy.sd.CLIP`.
+"""The pocket editor's text encoder: a table of what words mean, wrapped as a stock `comfy.sd.CLIP`.
 
-A word of the shipped vocabulary is one token; any other word is spelled in bytes, so no instruction is lost.
+The table holds a short vector for each of 22 thousand words, made from what a language model says of each
+(scripts/make_pocket_words.py), so that words of like meaning are alike. A vector is as long as the word is telling: "the"
+is short. A word that is not in the table is read as the first word in it that one typing error makes of it; what is no such
+word either is spelled in bytes, so no instruction is lost.
 
     B - prompts    L - tokens (32 per section, padded; longer prompts take more sections)    D - width (64)
+    W - width of the table (48), the rest of D says which word came before
 """
 
 from __future__ import annotations
@@ -10,45 +14,62 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from string import ascii_lowercase
 
-import comfy.clip_model
-import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import torch
-from comfy.ldm.modules.attention import optimized_attention_for_device
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors, write_safetensors
 from ...files.text import parse_json
 
-CONFIG_KEY = "pocket_text_config"  # of the file's metadata
+CONFIG_KEY = "pocket_words_config"  # of the file's metadata
+WORDS_KEY = "pocket_words"
 NAME = "pocket"  # of the encoder inside the host's CLIP
 PAD, START, END = 0, 1, 2
 FIRST_BYTE = 3  # 256 byte tokens follow, then the words
 FIRST_WORD = FIRST_BYTE + 256
 WORD = re.compile(r"[a-z]+|[^\sa-z]+")
-NORM = re.compile(r"norm\d?\.weight$")
+SHORTEST_MISTYPED = 4  # letters; shorter words have too many neighbours
+TABLE, CODES, SCALES = "token_embedding.weight", "token_embedding.codes", "token_embedding.scales"
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes and vocabulary of the text encoder. The order of `words` is the order of their tokens."""
+    """Sizes and vocabulary of the text encoder. The order of `words` is the order of their tokens, and of preference where
+    a mistyped word could be several.
+    """
 
     words: tuple[str, ...] = field(repr=False)
     width: int = 64
-    heads: int = 4
-    depth: int = 2
+    before: int = 16  # of the width, for the word before
     max_length: int = 32  # tokens of one section, start and end included
+
+    def __post_init__(self):
+        """Raises:
+        ValueError: for sizes that are none.
+        """
+        sizes = self.width, self.before, self.max_length
+        if not all(isinstance(size, int) for size in sizes) or not 0 <= self.before < self.width <= 4096:
+            raise ValueError(f"width and before must be whole numbers, 0 <= before < width, found {sizes}")
+        if not 2 < self.max_length <= 4096:
+            raise ValueError(f"max_length must be 3 to 4096, found {self.max_length}")
 
     @property
     def tokens(self) -> int:
         return FIRST_WORD + len(self.words)
+
+    @property
+    def table_width(self) -> int:
+        return self.width - self.before
 
 
 class Vocabulary:
@@ -66,9 +87,17 @@ class Vocabulary:
     def __call__(self, text: str) -> dict[str, list[int]]:
         ids = [START]
         for word in WORD.findall(text.lower()):
+            known = self.read(word)
             spelled = (FIRST_BYTE + byte for byte in f" {word}".encode())  # the space keeps neighbours apart
-            ids += [self.words[word]] if word in self.words else spelled
+            ids += spelled if known is None else [known]
         return {"input_ids": [*ids, END]}
+
+    def read(self, word: str) -> int | None:
+        """The token of a word, or of the word that was meant; None if no word is one typing error away."""
+        if word in self.words or len(word) < SHORTEST_MISTYPED or not word.isascii():
+            return self.words.get(word)
+        meant = (self.words[near] for near in _one_error_away(word) if near in self.words)
+        return min(meant, default=None)
 
     def get_vocab(self) -> dict[str, int]:
         special = {"<pad>": PAD, "<start>": START, "<end>": END}
@@ -89,52 +118,47 @@ class Vocabulary:
         return " ".join(parts)
 
 
-class _Block(nn.Module):
-    """A pre-norm transformer block. Out of place, unlike the host's CLIPLayer, so that it can be trained."""
-
-    def __init__(self, config: TextConfig, dtype, device, operations):
-        super().__init__()
-        width = config.width
-        self.layer_norm1 = operations.LayerNorm(width, dtype=dtype, device=device)
-        self.self_attn = comfy.clip_model.CLIPAttention(width, config.heads, dtype, device, operations)
-        self.layer_norm2 = operations.LayerNorm(width, dtype=dtype, device=device)
-        self.mlp = comfy.clip_model.CLIPMLP(width, 4 * width, "gelu_pytorch_tanh", dtype, device, operations)
-
-    def forward(self, x: Tensor, mask: Tensor, attention) -> Tensor:  # (B, L, D)
-        x = x + self.self_attn(self.layer_norm1(x), mask, attention)
-        return x + self.mlp(self.layer_norm2(x))
+def _one_error_away(word: str) -> Iterator[str]:
+    """What may have been meant: one letter too many, too few, another one, or two swapped."""
+    for place in range(len(word) + 1):
+        head, tail = word[:place], word[place:]
+        yield from (head + letter + tail for letter in ascii_lowercase)
+        if tail:
+            yield head + tail[1:]
+            yield from (head + letter + tail[1:] for letter in ascii_lowercase)
+        if len(tail) > 1:
+            yield head + tail[1] + tail[0] + tail[2:]
 
 
-class TextTransformer(nn.Module):
-    """Bidirectional transformer, called by the host's `SDClipModel` with tokens that are embedded already."""
+class WordTable(nn.Module):
+    """Looks words up and says which came before, called by the host's `SDClipModel` with tokens that are embedded already.
+
+    The start token and the pooled vector are the direction of the sum over all words, so of the whole phrase.
+    """
+
+    num_layers = 1  # which the host asks for
 
     def __init__(self, config: TextConfig, dtype=None, device=None, operations=None):
         super().__init__()
-        self.num_layers = config.depth
-        self.token_embedding = operations.Embedding(config.tokens, config.width, dtype=dtype, device=device)
-        self.position_embedding = operations.Embedding(config.max_length, config.width, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(_Block(config, dtype, device, operations) for _ in range(config.depth))
-        self.final_layer_norm = operations.LayerNorm(config.width, dtype=dtype, device=device)
+        self.before = config.before
+        self.token_embedding = operations.Embedding(config.tokens, config.table_width, dtype=dtype, device=device)
 
     def get_input_embeddings(self):
-        """The token table, which the host looks tokens up in."""
+        """The table, which the host looks tokens up in."""
         return self.token_embedding
 
     def forward(self, _tokens, attention_mask: Tensor, embeds: Tensor, dtype=torch.float32, **_options):
-        """(B, L, D) embedded tokens and their (B, L) mask -> (tokens (B, L, D), None, pooled start token (B, D))."""
-        positions = comfy.ops.cast_to(self.position_embedding.weight, dtype=dtype, device=embeds.device)
-        x = embeds + positions[: embeds.shape[1]]
-        hidden = attention_mask[:, None, None, :].expand(-1, 1, x.shape[1], -1) == 0
-        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -torch.finfo(x.dtype).max)
-        attention = optimized_attention_for_device(x.device, mask=True, small_input=True)
-        for layer in self.layers:
-            x = layer(x, mask, attention)
-        x = self.final_layer_norm(x)
-        return x, None, x[:, 0]
+        """(B, L, W) embedded tokens and their (B, L) mask -> (tokens (B, L, D), None, pooled vector (B, D))."""
+        words = embeds * attention_mask.unsqueeze(-1).to(embeds)
+        before = F.pad(words[:, :-1, : self.before], (0, 0, 1, 0))
+        whole = F.normalize(words.sum(1), dim=-1, eps=1e-3) * math.sqrt(words.shape[-1])
+        pooled = F.pad(whole, (0, self.before))
+        x = torch.cat([pooled.unsqueeze(1), torch.cat([words, before], dim=-1)[:, 1:]], dim=1)
+        return x, None, pooled
 
 
 def build_text_encoder(config: TextConfig, seed: int = 0) -> comfy.sd.CLIP:
-    """A freshly initialised text encoder as a CLIP, for training. The same seed gives the same weights."""
+    """A text encoder with words of no meaning as a CLIP. The same seed gives the same weights."""
     return text_encoder_from_state(initial_state(config, seed), config)
 
 
@@ -145,14 +169,15 @@ def load_text_encoder(path: str | Path, disable_dynamic: bool = False) -> comfy.
         CheckpointError: if the file is missing, damaged, or not a pocket text encoder.
     """
     with open_safetensors(Path(path), CheckpointError) as handle:
-        text = (handle.metadata() or {}).get(CONFIG_KEY)
-        if text is None:
+        metadata = handle.metadata() or {}
+        if CONFIG_KEY not in metadata or WORDS_KEY not in metadata:
             raise CheckpointError(f"{path} is not a pocket text encoder: its metadata has no {CONFIG_KEY!r}.")
-        state = {name: handle.get_tensor(name) for name in handle.keys()}
-    values = parse_json(text, f"{path} ({CONFIG_KEY})", CheckpointError)
+        stored = {name: handle.get_tensor(name) for name in handle.keys()}
+    values = parse_json(metadata[CONFIG_KEY], f"{path} ({CONFIG_KEY})", CheckpointError)
     try:
-        config = TextConfig(**values | {"words": tuple(values["words"])})
-    except (KeyError, TypeError, ValueError) as error:
+        config = TextConfig(words=tuple(metadata[WORDS_KEY].split()), **values)
+        state = {TABLE: stored[CODES].float() * stored[SCALES].float().unsqueeze(1)}
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise CheckpointError(
             f"{path} is not a pocket text encoder: its {CONFIG_KEY} is damaged ({error!r})."
         ) from None
@@ -162,15 +187,17 @@ def load_text_encoder(path: str | Path, disable_dynamic: bool = False) -> comfy.
 
 
 def save_text_encoder(
-    state: dict[str, Tensor],
-    config: TextConfig,
-    path: str | Path,
-    metadata: dict[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
+    state: dict[str, Tensor], config: TextConfig, path: str | Path, metadata: dict[str, str] | None = None
 ) -> Path:
-    """Write a text encoder's file atomically: `state` is the transformer's state dict, metadata its provenance."""
-    stored = {name: tensor.to(dtype) for name, tensor in state.items()}
-    write_safetensors(Path(path), stored, {"format": "pt", **(metadata or {}), CONFIG_KEY: json.dumps(asdict(config))})
+    """Write a text encoder's file atomically, one byte a number: `state` is the table's state dict, metadata its
+    provenance.
+    """
+    table = state[TABLE].float()
+    scales = table.abs().amax(1).clamp_min(1e-8) / 127
+    stored = {CODES: (table / scales.unsqueeze(1)).round().to(torch.int8), SCALES: scales}
+    values = {name: value for name, value in asdict(config).items() if name != "words"}
+    about = {CONFIG_KEY: json.dumps(values), WORDS_KEY: " ".join(config.words)}
+    write_safetensors(Path(path), stored, {"format": "pt", **(metadata or {}), **about})
     return Path(path)
 
 
@@ -187,31 +214,26 @@ def text_encoder_from_state(state: dict[str, Tensor], config: TextConfig, disabl
         target,
         parameters=parameters,
         state_dict=[dict(state)],
-        model_options={"dtype": torch.float32},  # half a megabyte: nothing to gain from the host's float16
+        model_options={"dtype": torch.float32},  # a few megabytes: nothing to gain from the host's float16
         disable_dynamic=disable_dynamic,
     )
 
 
 def initial_state(config: TextConfig, seed: int) -> dict[str, Tensor]:
-    """Seeded float32 weights: matrices N(0, 1/fan_in), embeddings N(0, 1), positions N(0, 0.02^2), norms one, biases zero."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, tensor in _transformer(config).state_dict().items():
-        if tensor.ndim == 1:
-            state[name] = torch.ones(tensor.shape) if NORM.search(name) else torch.zeros(tensor.shape)
-        else:
-            std = {"token_embedding.weight": 1.0, "position_embedding.weight": 0.02}.get(name)
-            state[name] = torch.randn(tensor.shape, generator=generator) * (std or 1 / math.sqrt(tensor.shape[1]))
-    return state
+    """A seeded float32 table N(0, 1); the marks that are no words are zero, bytes half as long as words."""
+    table = torch.randn((config.tokens, config.table_width), generator=torch.Generator().manual_seed(seed))
+    table[:FIRST_BYTE] = 0
+    table[FIRST_BYTE:FIRST_WORD] *= 0.5
+    return {TABLE: table}
 
 
 def _load_patcher(path: str, disable_dynamic: bool = False):
     return load_text_encoder(path, disable_dynamic).patcher
 
 
-def _transformer(config: TextConfig) -> TextTransformer:
+def _transformer(config: TextConfig) -> WordTable:
     """Without weights, of torch's own layers: under dynamic VRAM the host's have no shapes before they are loaded."""
-    return TextTransformer(config, torch.float32, "meta", torch.nn)
+    return WordTable(config, torch.float32, "meta", torch.nn)
 
 
 def _tokenizer(config: TextConfig, embedding_directory=None, tokenizer_data=None):
@@ -228,7 +250,7 @@ def _section_tokenizer(config: TextConfig, embedding_directory=None, tokenizer_d
         pad_with_end=False,
         pad_token=PAD,
         embedding_directory=embedding_directory,
-        embedding_size=config.width,
+        embedding_size=config.table_width,
         embedding_key=NAME,
         tokenizer_data=tokenizer_data or {},
     )
@@ -239,7 +261,7 @@ def _encoder(config: TextConfig, device="cpu", dtype=None, model_options=None):
         comfy.sd1_clip.SDClipModel,
         max_length=config.max_length,
         textmodel_json_config={},
-        model_class=lambda _json, dtype, device, operations: TextTransformer(config, dtype, device, operations),
+        model_class=lambda _json, dtype, device, operations: WordTable(config, dtype, device, operations),
         special_tokens={"start": START, "end": END, "pad": PAD},
         enable_attention_masks=True,
     )
