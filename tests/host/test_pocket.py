@@ -136,10 +136,10 @@ def test_words_are_tokens_and_other_words_are_spelled(loaded):
     assert words.decode(ids) == "make it warmer , zyzzyva é"
 
 
-@pytest.mark.parametrize("typed", ["brightem", "brihgten", "brigten", "brightenn", "Bright3n"])
+@pytest.mark.parametrize("typed", ["brightem", "brihgten", "brigten", "brightenn"])
 def test_a_mistyped_word_is_read_as_the_one_that_was_meant(loaded, typed):
     words = loaded[1].tokenizer.pocket.tokenizer
-    assert (words.read(typed.lower()) == words.words["brighten"]) == typed.isalpha()
+    assert words.read(typed) == words.words["brighten"]
 
 
 def test_right_and_short_words_are_never_read_as_others(loaded):
