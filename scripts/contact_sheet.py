@@ -1,9 +1,9 @@
 """One picture that shows what a generator is for: the same base, the same pictures, a LoRA shared by all edits beside a LoRA
 written for each. Started by demo.sh.
 
-    .venv/bin/python scripts/contact_sheet.py [--out out/demo/contact_sheet.png] [--images DIR] [--size 64] [--taught FILE]
+    .venv/bin/python scripts/contact_sheet.py [--out out/demo/contact_sheet.png] [--images DIR] [--size 96] [--taught FILE]
 
-With --taught, a generator that scripts/teach.py taught sepia, that edit is shown too.
+With --taught, a generator that scripts/teach.py taught sepia, that edit is shown too, in a last row.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from study.task import Case, EditingTask  # noqa: E402
 COLUMNS = ("source", "base alone", "one shared LoRA", "generated LoRA", "target")
 LINE = 18  # letters of a row's name in one line
 UNKNOWN = "place a penguin in the scene"
+TAUGHT = "animal-bird/penguin-0"  # the tile on which a new edit is shown
 
 
 class Row(NamedTuple):
@@ -79,7 +80,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo" / "contact_sheet.png")
     parser.add_argument("--images", type=Path, help="a folder of your own pictures instead of the shipped test set")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--size", type=int, default=96, help="side in pixels")
     parser.add_argument("--taught", type=Path, help="a generator that was taught sepia")
     arguments = parser.parse_args()
     shown = {tile: edit_of(row) for tile, row in SHOWN.items()}
@@ -92,7 +93,8 @@ def main() -> int:
             chosen = {names.index(name): edit for name, edit in shown.items()}
         rows = rows_of(load_generator(ROOT / "models" / "pocket-generator.safetensors"), chosen, found, names)
         if arguments.taught:
-            rows += rows_of(load_generator(arguments.taught), {0: NEW["sepia"]}, found, names)
+            picture = names.index(TAUGHT) if TAUGHT in names else len(chosen) % len(names)
+            rows += rows_of(load_generator(arguments.taught), {picture: NEW["sepia"]}, found, names)
     except HywuError as error:
         print(f"contact sheet: {error}", file=sys.stderr)
         return 2

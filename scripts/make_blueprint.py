@@ -26,7 +26,7 @@ OUTSIDE = [
     ("clip", "CLIP", None, [(EDIT, "clip")]),
     ("vae", "VAE", None, [(EDIT, "vae"), (DECODE, "vae")]),
     ("image", "IMAGE", None, [(EDIT, "image")]),
-    ("instruction", "STRING", "make the colours warm", [(EDIT, "instruction")]),
+    ("instruction", "STRING", "make it look like a sunset", [(EDIT, "instruction")]),
     ("strength", "FLOAT", 1.0, [(EDIT, "strength")]),
     ("generator", "COMBO", "pocket-generator.safetensors", [(LOADER, "generator")]),
     ("steps", "INT", 8, [(SAMPLER, "steps")]),
@@ -54,7 +54,7 @@ NODES = {
          "vae": "VAE", "latent": "LATENT", "empty": "CONDITIONING", "clip_vision_output": "CLIP_VISION_OUTPUT"},
         {"instruction": "STRING", "strength": "FLOAT"},
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "lora": "HYWU_LORA"},
-        ["make the colours warm", 1.0, "auto", 0.0, 1.0, 0.0],
+        ["make it look like a sunset", 1.0, "auto", 0.0, 1.0, 0.0],
     ),
     SAMPLER: (
         "KSampler", (480, 150), (300, 320),

@@ -9,16 +9,14 @@ from typing import NamedTuple
 
 from workflow_builder import Graph, Node, Socket
 
-SIZE = 64  # longest side in pixels of what the pocket editor is given
+SIZE, LARGER = 96, 128  # longest side in pixels of what the pocket editor is given: for several edits, for one
+TAUGHT_SIZE = 64  # of what templates train on
 PICTURE = "example.png"  # comes with ComfyUI
 GENERATOR = "pocket-generator.safetensors"
 SHARED = "HY-WU pocket-shared.safetensors"
 PAIRS = "HY-WU example pairs"
+SUNSET = "make it look like a sunset"  # in words that no generator was trained on
 WARM, COOL, DARK, GREY = "make the colours warm", "make the colours cool", "darken the picture", "make it gray"
-OLD = (
-    "brighten the picture", DARK, WARM, COOL, "saturate the colours", "desaturate the colours", "sharpen the picture",
-    "blur the picture",
-)  # fmt: skip
 NEW = "fade the picture"  # none of what the pocket generator was trained on
 WIDE = 560  # of nodes that show wide pictures
 
@@ -85,9 +83,9 @@ def _shown(graph: Graph, picture: Socket, title: str, name: str) -> None:
 
 def quickstart(graph: Graph) -> None:
     graph.notes()
-    studio = _studio(graph)
+    studio = _studio(graph, LARGER)
     with graph.group("2  Edit"):
-        edit = _edit(graph, studio, WARM)
+        edit = _edit(graph, studio, SUNSET)
         graph.column()
         latent = _sample(graph, edit)
     with graph.group("3  Before and after"):
@@ -97,14 +95,14 @@ def quickstart(graph: Graph) -> None:
 
 def your_picture(graph: Graph) -> None:
     graph.notes()
-    studio = _studio(graph, 96)
+    studio = _studio(graph, LARGER)
     with graph.group("2  Your words"):
         edit = _edit(graph, studio, COOL)
         graph.column()
         latent = _sample(graph, edit)
     with graph.group("3  Before and after"):
         after = _decoded(graph, studio, latent)
-        big = graph.add("ImageScaleBy", "Enlarge", image=after, upscale_method="lanczos", scale_by=6.0)["IMAGE"]
+        big = graph.add("ImageScaleBy", "Enlarge", image=after, upscale_method="lanczos", scale_by=4.0)["IMAGE"]
         graph.column()
         both = _beside(graph, studio.whole, big)
         graph.add("SaveImage", "The result alone", images=big, filename_prefix="hywu/your_picture")
@@ -113,11 +111,11 @@ def your_picture(graph: Graph) -> None:
 
 def the_long_way(graph: Graph) -> None:
     graph.notes()
-    studio = _studio(graph)
+    studio = _studio(graph, LARGER)
     with graph.group("2  What the generator reads"):
         latent = graph.add("VAEEncode", pixels=studio.small, vae=studio.vae)["LATENT"]
         nothing = graph.add("CLIPTextEncode", "Nothing for the model itself", text="", clip=studio.clip)["CONDITIONING"]
-        words = graph.add("CLIPTextEncode", "Instruction", text=WARM, clip=studio.clip)["CONDITIONING"]
+        words = graph.add("CLIPTextEncode", "Instruction", text=SUNSET, clip=studio.clip)["CONDITIONING"]
         graph.column()
         read = graph.add("ReferenceLatent", "The picture for the generator", conditioning=words, latent=latent)
         told = graph.add("ReferenceLatent", "The picture for the model", conditioning=nothing, latent=latent)
@@ -295,7 +293,7 @@ def train(graph: Graph) -> None:
             learning_rate=0.001, warmup=12, gradient_checkpointing=False, validate_every=40, held_out=4, keep_every=120,
         )  # fmt: skip
     with graph.group("3  Edit with it"):
-        small = _scaled(graph, graph.add("LoadImage", image=PICTURE)["IMAGE"])
+        small = _scaled(graph, graph.add("LoadImage", image=PICTURE)["IMAGE"], TAUGHT_SIZE)
         graph.column()
         edit = graph.add(
             "HYWUEdit", model=base["model"], generator=trained["generator"], clip=base["clip"], image=small,
@@ -310,7 +308,7 @@ def train(graph: Graph) -> None:
 
 def teach(graph: Graph) -> None:
     graph.notes()
-    studio = _studio(graph)
+    studio = _studio(graph, TAUGHT_SIZE)
     with graph.group("2  Pairs of the new edit"):
         larger = graph.add(
             "ImageScale", image=studio.whole, upscale_method="area", width=112, height=112, crop="disabled"
@@ -319,8 +317,8 @@ def teach(graph: Graph) -> None:
             "SplitImageToTileList",
             "Sixteen views of it",
             image=larger["IMAGE"],
-            tile_width=64,
-            tile_height=64,
+            tile_width=TAUGHT_SIZE,
+            tile_height=TAUGHT_SIZE,
             overlap=48,
         )["IMAGE"]
         after = graph.add("AdjustContrast", "How they shall look", images=before, factor=0.35)["images"]
@@ -329,7 +327,6 @@ def teach(graph: Graph) -> None:
             "HYWUTeachGenerator", wide=340, model=studio.model, clip=studio.clip, vae=studio.vae,
             generator=studio.generator, before=before, after=after, instruction=NEW, run_name="fade", steps=100,
             batch_size=4,
-            old_instructions="\n".join(OLD),
         )  # fmt: skip
         graph.column()
         graph.add("HYWUSaveGenerator", generator=taught["generator"], filename="pocket-and-fade")

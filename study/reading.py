@@ -159,6 +159,10 @@ def text(found: dict[str, Any]) -> str:
                 f"  {kind:<8} {part['psnr']['mean']:6.2f} dB, {lost['mean']:.2f} [{lost['low']:.2f}, {lost['high']:.2f}] less"
                 f" than trained ones, {part['wordings']} wordings"
             )
+        lost = value["lost"]
+        lines.append(
+            f"  all of them, {lost['mean']:.2f} dB [{lost['low']:.2f}, {lost['high']:.2f}] less than trained wordings"
+        )
         value = found[regime]["unknown"]
         lines.append(
             f"  {value['instructions']} instructions that ask for no edit: {value['psnr']['mean']:.2f} dB to the base's "

@@ -45,6 +45,7 @@ def write_bad_generators(good: Path, folder: Path) -> None:
     single("nan", config, state | {"model.proj_out_A.weight": weight})
     single("rank", config | {"rank": 3}, state)
     single("other-base", config | {"prefix": "transformer_blocks."}, state)
+    single("forgetful", config | {"hywu": {k: v for k, v in config["hywu"].items() if k != "instructions"}}, state)
     _fresh(config | {"input_dim": 32, "hywu": {}}, folder / "narrow.safetensors")
     _fresh(
         config | {"rank": 64, "d_model": 256, "dim_accumulation": 1, "num_pg_layers": 8}, folder / "slow.safetensors"

@@ -45,6 +45,10 @@ def graph(kind: str, **inputs) -> dict:
             "inputs": {"generator": ["teach", 0], "filename": "taught", "dtype": "as trained"},
         },
     }
+    prompt["load forgetful"] = {  # its file names no instructions
+        "class_type": "HYWULoadGenerator",
+        "inputs": {"generator": "forgetful.safetensors", "weight_dtype": "default"},
+    }
     pictures(prompt)
     common = {"model": ["base", 0], "clip": ["base", 1], "vae": ["base", 2], "generator": ["load", 0]}
     run = {"steps": STEPS, "learning_rate": 1e-3, "batch_size": 2, "seed": 0}
@@ -137,7 +141,7 @@ def test_learned_from_a_lora_that_was_saved_here(server, studio):
 
 
 WRONG = {  # {name: (inputs, words of the error)}
-    "no old instructions": ({"old_instructions": ""}, "no old instructions"),
+    "no old instructions": ({"generator": ["load forgetful", 0], "old_instructions": ""}, "no old instructions"),
     "an old one": ({"instruction": "Brighten the picture"}, "among the old instructions"),
     "no instruction": ({"instruction": " "}, "has no instruction"),
     "one pair": ({"before": ["plain0", 0], "after": ["plain1", 0]}, "one pair of the new edit"),

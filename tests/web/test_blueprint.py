@@ -45,7 +45,7 @@ def test_its_widgets_reach_the_nodes_inside(page):
     (titles,) = page.evaluate("app.graph.nodes.map(node => node.widgets.map(widget => widget.name))")
     assert titles[:5] == ["instruction", "strength", "generator", "steps", "cfg"] and "seed" in titles
     before = queued(page)
-    assert before["HYWUEdit"]["instruction"] == "make the colours warm" and before["HYWUEdit"]["strength"] == 1
+    assert before["HYWUEdit"]["instruction"] == "make it look like a sunset" and before["HYWUEdit"]["strength"] == 1
     page.evaluate(
         """app.graph.nodes[0].widgets.forEach(widget => {
             const value = {instruction: 'darken the picture', strength: 0.5, steps: 3, seed: 9}[widget.name];
