@@ -41,12 +41,12 @@ class Row(NamedTuple):
     asked: str = ""  # by default as the suite does
 
 
-SHOWN = {  # held-out tile -> what is asked; the last three are in words that no generator was trained on
+SHOWN = {  # held-out tile -> what is asked; words of its own are ones that no generator was trained on
     "cat-face/heart_eyes_cat-0": Row("warm", "make it look like a sunset"),
     "food-fruit/cherries-0": Row("brighten"),
     "plant-flower/sunflower-0": Row("blur"),
     "photo/chelsea-3-0": Row("cool", "could you cool my picture a bit"),
-    "animal-bird/owl-0": Row("desaturate", "drop all colour"),
+    "animal-bird/owl-0": Row("desaturate", "turn it monochorme"),
     "place-building/school-0": Row("unknown", UNKNOWN),
 }
 

@@ -51,6 +51,10 @@ MOST_LARGE = {
     (128, 128): 0.12, (192, 64): 0.04, (64, 192): 0.04, (192, 192): 0.04,
 }  # fmt: skip
 SOME_LARGER = {(32, 32): 0.6, (48, 64): 0.1, (64, 48): 0.08, (64, 64): 0.16, (96, 96): 0.04, (128, 128): 0.02}
+MORE_LARGER = {
+    (32, 32): 0.3, (48, 64): 0.06, (64, 48): 0.06, (64, 64): 0.28, (96, 96): 0.14, (128, 128): 0.12, (192, 64): 0.02,
+    (64, 192): 0.02,
+}  # fmt: skip
 VARIANTS = 6  # of every training tile, at the smallest size
 LARGE, FEW = 64 * 64, 200  # pixels from which fewer pictures are made, so that they fit into memory, and how many
 
@@ -82,14 +86,17 @@ RECIPES = {
         "blind",
         "eight",
         (phase(SMALL, 900, 16, 1e-3),),
-        (phase(SMALL, 300, 16, 7e-4), phase(SOME_LARGER, 200, 8, 5e-4)),
+        (phase(SMALL, 300, 16, 7e-4), phase(SOME_LARGER, 200, 8, 5e-4), phase(MORE_LARGER, 150, 8, 5e-4)),
         (phase(SOME_LARGER, 100, 8, 2e-3),),
     ),
     "-told": Recipe(
         "told",
         "all",
         (),
-        (phase(SMALL, 900, 16, 1e-3), phase(SOME_LARGER, 200, 8, 5e-4)),
+        (
+            *(phase(SMALL, 900, 16, 1e-3), phase(SOME_LARGER, 200, 8, 5e-4)),
+            *(phase(SMALL, 1500, 16, 1e-3), phase(SOME_LARGER, 200, 8, 5e-4)),
+        ),
         (phase(SOME_LARGER, 150, 8, 2e-3),),
     ),
 }
