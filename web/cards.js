@@ -123,7 +123,7 @@ function widgetOf(node) {
   if (there) return there;
   const outer = element("div", "hywu-card");
   const inner = element("div");
-  outer.append(inner);
+  outer.append(element("style", "", STYLE), inner); // it comes and goes with the card, and nothing else of the page changes
   const height = () => inner.offsetHeight + ROOM;
   const widget = node.addDOMWidget(WIDGET, "HYWU_CARD", outer, {
     serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height,
@@ -145,7 +145,6 @@ function show(path, cards) {
 app.registerExtension({
   name: "hywu.cards",
   async setup() {
-    document.head.append(element("style", "", STYLE));
     api.addEventListener("executed", ({ detail }) => {
       if (detail.output?.[KEY]) show(detail.display_node ?? detail.node, detail.output[KEY]);
     });
