@@ -13,6 +13,7 @@ import torch
 
 from .config import GeneratorConfig
 from .layout import lora_elements, token_counts
+from .messages import Message
 
 MEBIBYTE = 2**20
 LEAST_CHUNK, USUAL_CHUNK = 16 * MEBIBYTE, 256 * MEBIBYTE
@@ -148,12 +149,15 @@ def plan(
     return Plan(parameters(config), weights, peak, streamed, _flops(config, lengths), chunk, block)
 
 
-def summary(config: GeneratorConfig, weights: int) -> str:
+def summary(config: GeneratorConfig, weights: int) -> Message:
     """One line for an artist: how large a generator is, and what it writes. `weights`: bytes of its weights."""
     grids = " + ".join(f"{grid.each:,} x {grid.layers}" for grid in positions(config).grids)
-    return (
-        f"{parameters(config) / 1e6:,.1f} M parameters ({weights / 1e9:,.2f} GB), {grids} positions, "
-        f"LoRA {lora_elements(config) / 1e6:,.1f} M"
+    return Message(
+        "{parameters} M parameters ({size} GB), {grids} positions, LoRA {numbers} M",
+        parameters=f"{parameters(config) / 1e6:,.1f}",
+        size=f"{weights / 1e9:,.2f}",
+        grids=grids,
+        numbers=f"{lora_elements(config) / 1e6:,.1f}",
     )
 
 

@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from ..hywu_core.host import cards, edit
-from .types import Generator, Lora, part_inputs
+from ..hywu_core.host.lora import store
+from .types import Generator, lora_outputs, part_inputs
 
 
 class HYWUEdit(io.ComfyNode):
@@ -96,7 +97,7 @@ class HYWUEdit(io.ComfyNode):
                 ),
                 io.Conditioning.Output("negative", tooltip="The empty prompt with the source picture."),
                 io.Latent.Output("latent", tooltip="The source picture, encoded: gives the sampler its size."),
-                Lora.Output("lora", tooltip="The LoRA, for Save Instance LoRA, Blend, Inspect and Compare."),
+                *lora_outputs("The LoRA, for Save Instance LoRA, Blend, Inspect and Compare."),
             ],
         )
 
@@ -108,7 +109,7 @@ class HYWUEdit(io.ComfyNode):
         words = edit.Words(conditioning, clip, instruction, empty)
         how = edit.How(strength, mode, start_percent, end_percent, keep_gb)
         done = edit.edit(model, generator, words, edit.Picture(latent, image, vae), how, clip_vision_output)
-        return io.NodeOutput(*done[:-1], ui=cards.outputs(done.card))
+        return io.NodeOutput(*done[:-1], store.for_the_host(done.lora), ui=cards.outputs(done.card))
 
 
 NODES = [HYWUEdit]

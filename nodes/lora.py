@@ -23,7 +23,7 @@ class HYWUApplyLoRA(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=-10.0,
+                    min=-10.0,  # wider than of use: ComfyUI refuses saved workflows with values beyond
                     max=10.0,
                     step=0.05,
                     tooltip="1 is what the generator meant, 0 switches it off. Negative values take the change away from the "

@@ -79,7 +79,12 @@ class HYWUHookLoRA(io.ComfyNode):
             inputs=[
                 lora_input("The LoRA. Of a batch, choose one with Pick Instance LoRA."),
                 io.Float.Input(
-                    "strength", default=1.0, min=-20.0, max=20.0, step=0.05, tooltip="1 is what the generator meant."
+                    "strength",
+                    default=1.0,
+                    min=-20.0,  # as wide as ComfyUI's own hooks: it refuses a saved workflow with a value beyond
+                    max=20.0,
+                    step=0.05,
+                    tooltip="1 is what the generator meant; beyond -2 and 2 pictures fall apart.",
                 ),
                 io.Hooks.Input("prev_hooks", optional=True, tooltip="Hooks that this one joins."),
             ],

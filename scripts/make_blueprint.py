@@ -53,7 +53,8 @@ NODES = {
         {"model": "MODEL", "generator": "HYWU_GENERATOR", "conditioning": "CONDITIONING", "clip": "CLIP", "image": "IMAGE",
          "vae": "VAE", "latent": "LATENT", "empty": "CONDITIONING", "clip_vision_output": "CLIP_VISION_OUTPUT"},
         {"instruction": "STRING", "strength": "FLOAT"},
-        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "lora": "HYWU_LORA"},
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "lora": "HYWU_LORA",
+         "lora_model": "LORA_MODEL"},
         ["make it look like a sunset", 1.0, "auto", 0.0, 1.0, 0.0],
     ),
     SAMPLER: (

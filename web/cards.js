@@ -27,11 +27,14 @@ const STYLE = `
 .hywu-card-page img { display: block; width: 100%; margin-top: 6px; border-radius: 3px; cursor: zoom-in; }
 `;
 
-let words = {}; // {language: {text: translated}}
+let words = {}; // {language: {template: translated}}
 
-function translated(text) {
+// A message of the server in the reader's language, its values put in; any other text as it is. See hywu_core/messages.py.
+function shown(text) {
+  if (typeof text === "string") return text;
   const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
-  return words[language]?.[text] ?? text;
+  const template = words[language]?.[text.message] ?? text.message;
+  return template.replace(/\{(\w+)\}/g, (place, name) => (name in text.values ? shown(text.values[name]) : place));
 }
 
 function element(tag, className, text) {
@@ -53,7 +56,7 @@ function chartOf({ kind, title, values }) {
   const largest = Math.max(...values);
   const least = kind === "bars" ? 0 : Math.min(...values);
   const height = (value) => (50 * (value - least)) / (largest - least || 1);
-  const svg = drawn("svg", { viewBox: "0 0 300 56", preserveAspectRatio: "none", role: "img", "aria-label": title });
+  const svg = drawn("svg", { viewBox: "0 0 300 56", preserveAspectRatio: "none", role: "img", "aria-label": shown(title) });
   if (kind === "bars") {
     const wide = 300 / values.length;
     values.forEach((value, at) =>
@@ -70,7 +73,7 @@ function chartOf({ kind, title, values }) {
     );
   }
   const range = `${Number(least.toPrecision(3))} – ${Number(largest.toPrecision(3))}`;
-  chart.append(element("span", "", `${translated(title)} (${range})`), svg);
+  chart.append(element("span", "", `${shown(title)} (${range})`), svg);
   return chart;
 }
 
@@ -85,13 +88,13 @@ function pageOf(card) {
   const page = element("div", "hywu-card-page");
   page.dataset.level = card.level;
   page.style.setProperty("--hywu-edge", EDGES[card.level] ?? EDGES.good);
-  page.append(element("div", "hywu-card-title", translated(card.title)));
+  page.append(element("div", "hywu-card-title", shown(card.title)));
   const rows = element("dl", "hywu-card-rows");
   for (const [name, value] of card.rows) {
-    rows.append(element("dt", "", translated(name)), element("dd", "", translated(value)));
+    rows.append(element("dt", "", shown(name)), element("dd", "", shown(value)));
   }
   page.append(rows);
-  for (const note of card.notes) page.append(element("p", "hywu-card-note", translated(note)));
+  for (const note of card.notes) page.append(element("p", "hywu-card-note", shown(note)));
   for (const chart of card.charts) if (chart.values.length) page.append(chartOf(chart));
   if (card.picture) page.append(pictureOf(card.picture));
   return page;
@@ -120,7 +123,7 @@ function widgetOf(node) {
   if (there) return there;
   const outer = element("div", "hywu-card");
   const inner = element("div");
-  outer.append(inner);
+  outer.append(element("style", "", STYLE), inner); // it comes and goes with the card, and nothing else of the page changes
   const height = () => inner.offsetHeight + ROOM;
   const widget = node.addDOMWidget(WIDGET, "HYWU_CARD", outer, {
     serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height,
@@ -142,7 +145,6 @@ function show(path, cards) {
 app.registerExtension({
   name: "hywu.cards",
   async setup() {
-    document.head.append(element("style", "", STYLE));
     api.addEventListener("executed", ({ detail }) => {
       if (detail.output?.[KEY]) show(detail.display_node ?? detail.node, detail.output[KEY]);
     });

@@ -15,6 +15,8 @@ from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+from ..messages import Message, as_json
+
 KEY = "hywu_card"  # among the ui outputs
 EVENT = "hywu.card"  # of the websocket
 GOOD, NOTICE, WARNING = "good", "notice", "warning"  # how web/cards.js colours a card's edge
@@ -31,11 +33,15 @@ class Chart(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What is drawn: a title, rows of a name and a value, sentences, charts, one picture."""
+    """What is drawn: a title, rows of a name and a value, sentences, charts, one picture.
+
+    Titles and names are the pack's own words. A value that is not, such as a path, is shown as it is in every language; one
+    that is has to be a message.
+    """
 
     title: str
     rows: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[Message, ...] = ()
     level: str = GOOD
     charts: tuple[Chart, ...] = ()
     picture: dict[str, str] | None = None  # {"filename", "subfolder", "type"}, as the host's /view takes it
@@ -44,8 +50,17 @@ class Card(NamedTuple):
         return "\n".join((self.title, *(f"{name}: {value}" for name, value in self.rows), *self.notes))
 
     def as_json(self) -> dict[str, Any]:
-        charts = [chart._replace(values=_fewer(chart.values))._asdict() for chart in self.charts]
-        return {**self._asdict(), "charts": charts}
+        return {
+            "title": _own(self.title),
+            "rows": [[_own(name), as_json(value)] for name, value in self.rows],
+            "notes": [as_json(note) for note in self.notes],
+            "level": self.level,
+            "charts": [
+                {"kind": chart.kind, "title": _own(chart.title), "values": _fewer(chart.values)}
+                for chart in self.charts
+            ],
+            "picture": self.picture,
+        }
 
 
 def outputs(card: Card, image: Tensor | None = None, cls: Any = None) -> dict[str, Any]:
@@ -64,6 +79,10 @@ def of_this_node() -> Callable[[Card], None] | None:
     if prompt_server is None or context is None:
         return None
     return lambda card: prompt_server.send_sync(EVENT, {"node": context.node_id, "card": card.as_json()})
+
+
+def _own(text: str) -> dict[str, Any]:
+    return (text if isinstance(text, Message) else Message(text)).as_json()
 
 
 def _fewer(values: tuple[float, ...]) -> list[float]:

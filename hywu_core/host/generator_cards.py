@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,20 +14,23 @@ from .. import knowledge
 from ..condition import REFERENCE_LATENT, Condition, assemble, text_of
 from ..layout import lora_elements
 from ..lora import InstanceLora
+from ..messages import Message, listed
 from ..plan import parameters, plan
 from ..training.memory import graph_bytes
 from . import memory, told
-from .cards import BARS, GOOD, NOTICE, Card, Chart
+from .cards import BARS, NOTICE, Card, Chart
 from .lora.charts import norms_of_layers
+from .lora.lora_cards import targets
 from .memory import GeneratorHandle
 
 NAMED = 6  # instructions that a card names
 MEASURED = 100e6  # elements of a LoRA up to which its norms are taken at once
 READS = {
-    knowledge.TOLD: "the instruction as well (told)",
-    knowledge.BLIND: "an empty prompt (blind)",
-    None: "not said in its file",
+    knowledge.TOLD: Message("the instruction as well (told)"),
+    knowledge.BLIND: Message("an empty prompt (blind)"),
+    None: Message("not said in its file"),
 }
+NOT_AS_TEXT = Message("(not given as text)")
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -46,7 +49,12 @@ def loaded(handle: GeneratorHandle) -> Card:
         ("For", handle.config.hywu.get("base") or "HunyuanImage-3"),
         ("Size", _size(handle)),
         ("Writes", _writes(handle)),
-        ("To generate", f"{_bytes(needed)} for a condition of {memory.EXAMPLE_LENGTH:,} tokens"),
+        (
+            "To generate",
+            Message(
+                "{size} for a condition of {length} tokens", size=_bytes(needed), length=f"{memory.EXAMPLE_LENGTH:,}"
+            ),
+        ),
     )
     return Card("What this generator knows", rows)
 
@@ -58,7 +66,14 @@ def made(handle: GeneratorHandle) -> Card:
         ("For", handle.config.hywu.get("base", "")),
         ("Size", _size(handle)),
         ("Writes", _writes(handle)),
-        ("To train", f"{_bytes(graph)} a pair, with gradient_checkpointing and {memory.EXAMPLE_LENGTH:,} tokens"),
+        (
+            "To train",
+            Message(
+                "{size} a pair, with gradient_checkpointing and {length} tokens",
+                size=_bytes(graph),
+                length=f"{memory.EXAMPLE_LENGTH:,}",
+            ),
+        ),
     )
     return Card("New: it changes nothing before it is trained", rows)
 
@@ -66,7 +81,8 @@ def made(handle: GeneratorHandle) -> Card:
 def saved(handle: GeneratorHandle, path: Path) -> Card:
     """Of a generator's file."""
     rows = (("File", str(path)), ("Size", _bytes(path.stat().st_size)), *_knows(handle))
-    return Card("Saved", rows, ("Load HY-WU Generator lists it once the node definitions are refreshed (press R).",))
+    note = Message("Load HY-WU Generator lists it once the node definitions are refreshed (press R).")
+    return Card("Saved", rows, (note,))
 
 
 def generate(
@@ -82,64 +98,96 @@ def generate(
     for notice in notices:
         logging.warning("HY-WU: %s", notice)
     rows = (
-        ("Instruction", "; ".join(one.instruction or "(not given as text)" for one in given)),
-        ("Targets", f"{len(lora.names)}, rank {lora.rank}, scale {lora.scale:g}"),
-        ("Size", f"{_count(lora.elements)} numbers" + (f" in {lora.batch} LoRAs" if lora.batch > 1 else "")),
-        ("Time", f"{seconds:.2f} s, generated now" if fresh.made else f"{seconds:.2f} s, read from the disk"),
+        ("Instruction", listed([one.instruction or NOT_AS_TEXT for one in given], "{first}; {second}")),
+        ("Targets", targets(lora)),
+        ("Size", _numbers(lora)),
+        ("Time", _time(seconds, fresh.made)),
         ("The base reads", READS[knowledge.reads(handle.config.hywu)]),
     )
     bars = ()
     if lora.elements <= MEASURED:
         bars = (Chart(BARS, "How much it changes, layer by layer", tuple(norms_of_layers(lora))),)
-    title = "Wrote a LoRA for this edit" if not notices else "Wrote a LoRA, but it may not do what is meant"
-    return Written(lora, Card(title, rows, notices, NOTICE if notices else GOOD, bars))
+    if notices:
+        return Written(lora, Card("Wrote a LoRA, but it may not do what is meant", rows, notices, NOTICE, bars))
+    return Written(lora, Card("Wrote a LoRA for this edit", rows, charts=bars))
 
 
-def strange(handle: GeneratorHandle, condition: Condition) -> list[str]:
+def strange(handle: GeneratorHandle, condition: Condition) -> list[Message]:
     """In what a condition is far from all that a generator was trained on, as far as its file says that."""
     hywu, notices = handle.config.hywu, []
     tokens = text_of(assemble(condition, handle.config), handle.config)
     if tokens is not None and knowledge.longer(hywu, tokens):
         notices.append(
-            f"The condition has {tokens.shape[1]} tokens, and none trained on had more than "
-            f"{hywu[knowledge.KEY]['length']}. Several instructions joined (Conditioning Concat) are not several edits: "
-            "generate one LoRA for each, and blend them."
+            Message(
+                "The condition has {count} tokens, and none trained on had more than {most}. Several instructions joined "
+                "(Conditioning Concat) are not several edits: generate one LoRA for each, and blend them.",
+                count=tokens.shape[1],
+                most=hywu[knowledge.KEY]["length"],
+            )
         )
     elif tokens is not None and knowledge.unknown(hywu, tokens):
-        known = "; ".join(hywu.get("instructions", ())[:NAMED])
-        notices.append(
-            "This instruction is unlike those that the generator was trained on, so the edit may be a muddle."
-            + (f" It knows: {known}." if known else "")
-        )
+        notices.append(_unlike("; ".join(hywu.get("instructions", ())[:NAMED])))
     for part in condition.parts:
         if part.kind == REFERENCE_LATENT:
             width, height = knowledge.picture_size(hywu, *part.tokens.shape[-2:])
             if knowledge.strange_size(hywu, (width, height)):
                 notices.append(
-                    f"The picture has {width} x {height} pixels, far from the sizes that the generator was trained on "
-                    f"({_sizes(handle)}). Scale it, for an edit as it was learned."
+                    Message(
+                        "The picture has {width} x {height} pixels, far from the sizes that the generator was trained on "
+                        "({sizes}). Scale it, for an edit as it was learned.",
+                        width=width,
+                        height=height,
+                        sizes=_sizes(handle),
+                    )
                 )
     return notices
 
 
+def _unlike(known: str) -> Message:
+    said = Message("This instruction is unlike those that the generator was trained on, so the edit may be a muddle.")
+    return Message("{said} It knows: {instructions}.", said=said, instructions=known) if known else said
+
+
+def _numbers(lora: InstanceLora) -> Message:
+    numbers = _count(lora.elements)
+    if lora.batch == 1:
+        return Message("{count} numbers", count=numbers)
+    return Message("{count} numbers in {batch} LoRAs", count=numbers, batch=lora.batch)
+
+
+def _time(seconds: float, generated: bool) -> Message:
+    spent = f"{seconds:.2f}"
+    if generated:
+        return Message("{seconds} s, generated now", seconds=spent)
+    return Message("{seconds} s, read from the disk", seconds=spent)
+
+
 def _knows(handle: GeneratorHandle) -> list[tuple[str, str]]:
     hywu = handle.config.hywu
-    texts = list(hywu.get("instructions", ()))
-    more = f" and {len(texts) - NAMED} more" if len(texts) > NAMED else ""
-    training = hywu.get("training")
-    training = training if isinstance(training, dict) else {}
-    counts = [(training.get(name), name) for name in ("steps", "pairs")]
-    trained = ", ".join(f"{count:,} {name}" for count, name in counts if isinstance(count, int) and count)
     return [
         row
         for row in (
-            ("Knows", "; ".join(texts[:NAMED]) + more if texts else "its file names no instructions"),
+            ("Knows", _instructions(list(hywu.get("instructions", ())))),
             ("The base reads", READS[knowledge.reads(hywu)]),
             ("Pictures", _sizes(handle)),
-            ("Trained", trained),
+            ("Trained", _trained(hywu.get("training"))),
         )
         if row[1]
     ]
+
+
+def _instructions(texts: Sequence[str]) -> str:
+    if not texts:
+        return Message("its file names no instructions")
+    named, more = "; ".join(texts[:NAMED]), len(texts) - NAMED
+    return Message("{names} and {count} more", names=named, count=more) if more > 0 else named
+
+
+def _trained(training: Any) -> str:
+    counts = training if isinstance(training, dict) else {}
+    steps, pairs = (count if isinstance(count := counts.get(name), int) else 0 for name in ("steps", "pairs"))
+    said = [Message("{count} steps", count=f"{steps:,}")] if steps else []
+    return listed([*said, *([Message("{count} pairs", count=f"{pairs:,}")] if pairs else [])])
 
 
 def _sizes(handle: GeneratorHandle) -> str:
@@ -148,16 +196,19 @@ def _sizes(handle: GeneratorHandle) -> str:
         return ""
     small, large = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
     first = f"{small[0]} x {small[1]}"
-    return first if small == large else f"{first} to {large[0]} x {large[1]} pixels"
+    if small == large:
+        return first
+    return Message("{smallest} to {largest} pixels", smallest=first, largest=f"{large[0]} x {large[1]}")
 
 
-def _size(handle: GeneratorHandle) -> str:
-    return f"{_count(parameters(handle.config))} parameters, {_bytes(handle.patcher.model_size())}"
+def _size(handle: GeneratorHandle) -> Message:
+    count, size = _count(parameters(handle.config)), _bytes(handle.patcher.model_size())
+    return Message("{count} parameters, {size}", count=count, size=size)
 
 
-def _writes(handle: GeneratorHandle) -> str:
+def _writes(handle: GeneratorHandle) -> Message:
     config = handle.config
-    return f"LoRAs of rank {config.rank} with {_count(lora_elements(config))} numbers"
+    return Message("LoRAs of rank {rank} with {count} numbers", rank=config.rank, count=_count(lora_elements(config)))
 
 
 def _count(number: int) -> str:

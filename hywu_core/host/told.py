@@ -19,6 +19,7 @@ from .. import knowledge
 from ..condition import CONDITIONING, Condition, assemble, expected_parts, text_of
 from ..config import GeneratorConfig
 from ..lora import InstanceLora
+from ..messages import Message
 from .cards import NOTICE, Card
 
 KEY = "hywu_told"  # of the wrapper
@@ -27,11 +28,11 @@ NUMBERS = 16  # of a condition's description that a LoRA carries
 NEAR = 1e-2  # relative distance of equal texts, one of which went through the base's dtype
 POSITIVE = 0  # of the host's cond_or_uncond
 
-WORDS_AT_A_BLIND_ONE = (
+WORDS_AT_A_BLIND_ONE = Message(
     "The base is told the instruction, but this generator was trained beside a base that reads an empty prompt. Give the "
     "sampler an encoded empty prompt as positive, with the source picture on it."
 )
-NONE_AT_A_TOLD_ONE = (
+NONE_AT_A_TOLD_ONE = Message(
     "The base is not told the instruction that the LoRA was generated from, but this generator was trained beside a base "
     "that reads it as well. Give the sampler the same CONDITIONING."
 )

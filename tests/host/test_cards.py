@@ -10,6 +10,7 @@ import torch
 from hywu_core import InstanceLora, LoraFactor
 from hywu_core.host import cards, told
 from hywu_core.host.lora import apply, lora_cards
+from hywu_core.messages import Message
 
 
 def strict(value):
@@ -18,11 +19,13 @@ def strict(value):
 
 def test_a_card_is_json_without_what_browsers_cannot_read():
     chart = cards.Chart(cards.CURVE, "Loss", (float("nan"), *range(10000)))
-    found = cards.outputs(cards.Card("Title", (("a", "b"),), ("note",), charts=(chart,)))
+    note = Message("{count} notes", count=2)
+    found = cards.outputs(cards.Card("Title", (("a", "b"),), (note,), charts=(chart,)))
     (card,) = strict(found[cards.KEY])
-    assert card["rows"] == [["a", "b"]] and card["level"] == cards.GOOD
+    assert card["rows"] == [[{"message": "a", "values": {}}, "b"]] and card["level"] == cards.GOOD
+    assert card["notes"] == [{"message": "{count} notes", "values": {"count": "2"}}]
     assert len(card["charts"][0]["values"]) <= cards.SHOWN and card["charts"][0]["values"][-1] > 9900
-    assert found["text"] == ("Title\na: b\nnote",)
+    assert found["text"] == ("Title\na: b\n2 notes",)
 
 
 def test_a_picture_goes_along_as_a_picture_of_the_host(tmp_path, monkeypatch):

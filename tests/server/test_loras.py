@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from demo import PICTURE
 from safetensors.torch import load_file, save_file
 
 
@@ -48,6 +49,33 @@ def test_a_base_gives_a_loaded_lora_its_own_names(studio, kohya):
     (file,) = (studio.server.output / "loras").glob("named_*")
     names = {key.split(".lora_")[0] for key in load_file(file) if ".lora_" in key}
     assert all(name.startswith("diffusion_model.") for name in names - {"lora_te1_x"}) and "lora_te1_x" in names
+
+
+def test_the_short_way_gives_its_lora_to_the_hosts_own_nodes(studio):
+    """The same LoRA from both outputs."""
+    base = {name: ["editor", slot] for slot, name in enumerate(("model", "clip", "vae"))}
+    scale = {"image": ["picture", 0], "upscale_method": "area", "width": 64, "height": 64, "crop": "center"}
+    given = {**base, "generator": ["generator", 0], "image": ["scaled", 0], "instruction": "make the colours warm"}
+    prompt = {
+        "editor": {"class_type": "HYWULoadPocketEditor", "inputs": {}},
+        "generator": {
+            "class_type": "HYWULoadGenerator",
+            "inputs": {"generator": "pocket-generator.safetensors", "weight_dtype": "default"},
+        },
+        "picture": {"class_type": "LoadImage", "inputs": {"image": PICTURE}},
+        "scaled": {"class_type": "ImageScale", "inputs": scale},
+        "edit": {"class_type": "HYWUEdit", "inputs": given},
+    }
+    how = {"format": "stock", "dtype": "as generated"}
+    for name, slot in (("lora", 4), ("lora_model", 5)):
+        save = {"lora": ["edit", slot], "filename_prefix": f"loras/short_{name}", **how}
+        prompt[name] = {"class_type": "HYWUSaveLoRA", "inputs": save}
+    run = studio.run(prompt)
+    assert run.outcome == "execution_success", run.error
+    folder = studio.server.output / "loras"
+    (ours,), (hosts,) = (map(load_file, folder.glob(f"short_{name}_0*")) for name in ("lora", "lora_model"))
+    assert ours and ours.keys() == hosts.keys()
+    assert all(torch.equal(tensor, hosts[name]) for name, tensor in ours.items())
 
 
 def said(prompt, link, text, mark):

@@ -14,6 +14,10 @@ CHINESE = re.compile(r"[\u4e00-\u9fff]")
 SAME = {"VAE", "CLIP", "LoRA", "EMA", "Latent", "alpha", "top_k", "top_p", "HY-WU", "HunyuanImage-3"}
 NUMBERS = {"float32", "bfloat16", "float16", "fp8_e4m3fn", "int8"}
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+SPEAKING = re.compile(r"cards import|import cards|messages import")
+MAKERS = ("messages.py", "cards.py")  # of messages from what they are given
+PLACE = re.compile(r"{\w+}")
+WORD = re.compile(r"[A-Za-z]{3}(?![^{]*})")  # outside of places
 SLOT_NAMES = re.compile(r"COMFY_AUTOGROW")  # rows that grow are named by the frontend
 
 
@@ -115,40 +119,68 @@ def test_nothing_is_translated_that_is_not_there(nodes, words):
         assert entries <= known, sorted(".".join(path) for path in entries - known)
 
 
+def called(node: ast.AST) -> str:
+    return getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+
+
+def either(node: ast.AST) -> list[ast.AST]:
+    return [*either(node.body), *either(node.orelse)] if isinstance(node, ast.IfExp) else [node]
+
+
+def fixed_words(tree: ast.Module) -> set[str]:
+    """What cards say without a value in it: titles, names of rows and charts."""
+    spoken = []
+    for node in ast.walk(tree):
+        if called(node) in ("Card", "_card"):
+            spoken += node.args[:1]
+        elif called(node) == "Chart":
+            spoken += node.args[1:2]
+        elif isinstance(node, ast.Tuple) and len(node.elts) == 2:
+            spoken.append(node.elts[0])
+    texts = [part.value for one in spoken for part in either(one) if isinstance(part, ast.Constant)]
+    return {text for text in texts if isinstance(text, str) and text[:1].isupper() and not text.isupper()}  # no units
+
+
+def templates(tree: ast.Module) -> list[ast.AST]:
+    """Of messages."""
+    found = [node.args[:1] for node in ast.walk(tree) if called(node) == "Message"]
+    found += [node.args[1:2] for node in ast.walk(tree) if called(node) == "listed"]
+    return [part for arguments in found for one in arguments for part in either(one)]
+
+
 def on_cards() -> set[str]:
-    """What cards say in fixed words: titles, names of rows and charts. web/cards.js looks each up as it is."""
-    found = set()
+    """All that cards can say: web/cards.js looks each up as it is, and then puts the values in."""
+    found = {"{first}, {second}"}  # of several texts, unless something else is asked for
     for file in (ROOT / "hywu_core").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
-        if file.name not in ("cards.py", "session.py") and not re.search(r"cards import|import cards", text):
+        if file.name in MAKERS or not SPEAKING.search(text):
             continue
-        for node in ast.walk(ast.parse(text)):
-            spoken = []
-            if isinstance(node, ast.Call) and node.args:
-                called = getattr(node.func, "id", getattr(node.func, "attr", ""))
-                spoken += node.args[:1] if called in ("Card", "_card") else node.args[1:2] if called == "Chart" else []
-            elif isinstance(node, ast.Tuple) and len(node.elts) == 2:
-                spoken.append(node.elts[0])
-            either = [
-                part for one in spoken for part in ([one.body, one.orelse] if isinstance(one, ast.IfExp) else [one])
-            ]
-            texts = [one.value for one in either if isinstance(one, ast.Constant) and isinstance(one.value, str)]
-            found |= {one for one in texts if one[:1].isupper() and not one.isupper()}  # units are no words
+        tree = ast.parse(text)
+        of_messages = templates(tree)
+        composed = [node.lineno for node in of_messages if not isinstance(node, ast.Constant)]
+        assert not composed, f"{file.name}: the templates in the lines {composed} cannot be looked up"
+        found |= fixed_words(tree) | {node.value for node in of_messages}
     return found
 
 
-def test_cards_are_there_in_chinese(words):
-    spoken = on_cards()
-    assert {"The LoRA is on the model", "Targets", "Loss, step by step", "Step"} <= spoken
-    chinese = words["zh"]["hywuCards"]
-    assert [text for text in sorted(spoken) if not CHINESE.search(chinese.get(text, ""))] == []
+def test_all_that_cards_can_say_is_there_in_chinese(words):
+    said, chinese = on_cards(), words["zh"]["hywuCards"]
+    assert {"The LoRA is on the model", "Targets", "Step", "matched {found}/{total} targets"} <= said
+    assert sorted(said - set(chinese)) == []
+    assert [text for text in sorted(said) if WORD.search(text) and not CHINESE.search(chinese[text])] == []
+    assert sorted(set(chinese) - said) == []
+
+
+def test_a_translation_has_the_places_of_its_template(words):
+    for text, translated in words["zh"]["hywuCards"].items():
+        assert set(PLACE.findall(text)) == set(PLACE.findall(translated)), text
 
 
 def test_no_text_holds_what_the_frontend_takes_for_a_formula():
-    """It compiles most texts as messages, in which these mean something."""
+    """It compiles most texts as messages, in which these mean something; those of cards only web/cards.js reads."""
     for file in (ROOT / "locales").rglob("*.json"):
         for path, text in leaves(json.loads(file.read_text(encoding="utf-8"))).items():
-            assert not set("{}@|$") & set(text), (file.name, path)
+            assert path[0] == "hywuCards" or not set("{}@|$") & set(text), (file.name, path)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

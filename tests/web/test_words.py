@@ -1,6 +1,12 @@
 """Words in the browser: a search in either language finds the node, and Chinese reaches nodes, choices and help pages."""
 
+import json
+from pathlib import Path
+
 import pytest
+from demo import PICTURE, draw_picture
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SEARCHES = {
     "edit": "HYWUGenerateLoRA",
@@ -135,3 +141,15 @@ def test_the_help_is_in_english(english):
 
 def test_the_help_is_in_chinese(chinese):
     check_help(chinese, "混合实例 LoRA")
+
+
+CARDS = "[...document.querySelectorAll('.hywu-card-page')].map(page => page.innerText).join('\\n')"
+
+
+def test_cards_are_in_chinese(chinese, server):
+    draw_picture(server.input / PICTURE)
+    workflow = json.loads((ROOT / "workflows" / "quickstart.json").read_text(encoding="utf-8"))
+    chinese.evaluate("workflow => app.loadGraphData(workflow).then(() => app.queuePrompt(0))", workflow)
+    chinese.wait_for_function(f"{CARDS}.includes('匹配 16/16 个目标（旁路）')", timeout=120_000)
+    text = chinese.evaluate(CARDS)
+    assert "LoRA 已加到模型上" in text and "Targets" not in text and "{" not in text

@@ -25,6 +25,7 @@ from torch import nn
 
 from ...errors import MatchError
 from ...lora import InstanceLora
+from ...messages import Message
 from ..model import clean, is_compiled, submodule
 from .bank import Bank, bank_patcher
 from .experts import ExpertLoraAdapter, foreign_bank
@@ -231,18 +232,18 @@ def _bypass(clone: comfy.model_patcher.ModelPatcher, bank: comfy.model_patcher.M
     clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), bank])
 
 
-def _how(matches: Matches, inside: bool) -> str:
+def _how(matches: Matches, inside: bool) -> Message:
     if inside:
-        return "merge"
-    return f"bypass; merged: {matches.kinds}" if matches.patches else "bypass"
+        return Message("merge")
+    return Message("bypass; merged: {kinds}", kinds=matches.kinds) if matches.patches else Message("bypass")
 
 
-def _caution(matches: Matches, inside: bool, model: comfy.model_patcher.ModelPatcher) -> str:
+def _caution(matches: Matches, inside: bool, model: comfy.model_patcher.ModelPatcher) -> Message | None:
     """What does not stay on the device is merged anew whenever it is fetched, a whole bank of experts at a time."""
     banks = inside and any(found.pair.grouped for found in matches.matched)
     if not banks or model.model_size() <= comfy.model_management.maximum_vram_for_weights(model.load_device):
-        return ""
-    return (
+        return None
+    return Message(
         "This model is larger than the memory of its device, and a merged LoRA is written into its banks of experts again "
         "each time one is fetched, in every step. The mode bypass gives the same picture without that."
     )

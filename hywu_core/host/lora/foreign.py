@@ -19,10 +19,12 @@ from ...errors import LoraError
 from ...files.lora_files import METADATA_KEY, own_metadata
 from ...files.lora_state import as_factor, assemble, check_state, of_text_encoder, one_each, own_name, scale_of
 from ...lora import InstanceLora, LoraFactor, Part
+from ...messages import Message
 
 WEIGHT, BIAS = ".weight", ".bias"
 # Of the values that a LoRAAdapter holds behind up, down and alpha: any of these makes it more than a product of two factors.
-_MORE = {3: "LoCon with a middle factor", 4: "DoRA", 5: "reshaped weights"}
+_MORE = {3: Message("LoCon with a middle factor"), 4: "DoRA", 5: Message("reshaped weights")}
+_CHANGES = {"diff": Message("difference"), "set": Message("replacement")}
 _KINDS = {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT", "lora": "LoRA"}
 
 
@@ -106,8 +108,10 @@ def kind_of(key: Any, value: Any) -> str:
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
         more = [word for place, word in _MORE.items() if value.name == "lora" and value.weights[place] is not None]
         return more[0] if more else _KINDS.get(value.name, value.name)
-    what = {"diff": "difference", "set": "replacement"}.get(value[0], value[0])
-    return f"bias {what}" if isinstance(key, str) and key.endswith(BIAS) else f"weight {what}"
+    what = _CHANGES.get(value[0], value[0])
+    if isinstance(key, str) and key.endswith(BIAS):
+        return Message("bias {change}", change=what)
+    return Message("weight {change}", change=what)
 
 
 def _converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from ...errors import LoraError, MatchError
 from ...files.lora_state import of_text_encoder, own_name, regroup
 from ...layout import Placement, place
 from ...lora import InstanceLora, LoraFactor, concatenate
+from ...messages import Message, listed
 from ..model import COMPILED, Layer, clean, is_compiled, layer_of, named_modules
 from .experts import other_place
 from .foreign import WEIGHT, Patch, patches_of, respelled
@@ -47,8 +48,8 @@ class Matches(NamedTuple):
     missing: tuple[str, ...]
     patches: tuple[tuple[str, tuple[Patch, ...]], ...] = ()  # by name in the LoRA: what cannot stand beside a layer
     text_encoder: tuple[str, ...] = ()  # names that are no MODEL's business
-    how: str = ""  # bypass, merge, or what of both
-    caution: str = ""  # what an artist should know of that
+    how: Message | None = None  # bypass, merge, or what of both
+    caution: Message | None = None  # what an artist should know of that
 
     @property
     def found(self) -> int:
@@ -66,16 +67,38 @@ class Matches(NamedTuple):
         for name, patches in self.patches:
             for patch in patches:
                 kinds.setdefault(patch.kind, []).append(name)
-        return ", ".join(f"{len(names)} x {kind} ({names[0]})" for kind, names in kinds.items())
+        return listed(
+            [
+                Message("{count} x {kind} ({name})", count=len(names), kind=kind, name=names[0])
+                for kind, names in kinds.items()
+            ]
+        )
+
+    @property
+    def counted(self) -> Message:
+        """How much of the LoRA fits."""
+        return Message("matched {found}/{total} targets", found=self.found, total=self.total)
+
+    @property
+    def said(self) -> Message:
+        """How much fits, and what does not."""
+        text = self.counted
+        if self.missing:
+            text = Message("{matched}; not in this model: {names}", matched=text, names=self._names_of_missing())
+        if self.text_encoder:
+            text = Message(
+                "{matched}; {count} of a text encoder, which is not part of a MODEL, left out",
+                matched=text,
+                count=len(self.text_encoder),
+            )
+        return text
 
     def __str__(self) -> str:
-        text = f"matched {self.found}/{self.total} targets"
-        if self.missing:
-            text += f"; not in this model: {', '.join(self.missing[:SHOWN])}"
-            text += f" and {len(self.missing) - SHOWN} more" if len(self.missing) > SHOWN else ""
-        if self.text_encoder:
-            text += f"; {len(self.text_encoder)} of a text encoder, which is not part of a MODEL, left out"
-        return text
+        return self.said
+
+    def _names_of_missing(self) -> str:
+        names, more = ", ".join(self.missing[:SHOWN]), len(self.missing) - SHOWN
+        return Message("{names} and {count} more", names=names, count=more) if more > 0 else names
 
 
 def match(lora: InstanceLora, base: Any) -> Matches:
@@ -243,10 +266,12 @@ def as_adapter(pair: LoraFactor, scale: float) -> comfy.weight_adapter.LoRAAdapt
     return comfy.weight_adapter.LoRAAdapter(set(), (pair.up[0], pair.down[0], alpha, None, None, None))
 
 
-def _kind(module: Any, offset: Any) -> str:
+def _kind(module: Any, offset: Any) -> Message:
     if offset is not None and offset[0] != 0:
-        return "LoRA on a part of a layer's inputs"
-    return "LoRA on a convolution" if hasattr(module, "kernel_size") else "LoRA on a weight that is no linear layer"
+        return Message("LoRA on a part of a layer's inputs")
+    if hasattr(module, "kernel_size"):
+        return Message("LoRA on a convolution")
+    return Message("LoRA on a weight that is no linear layer")
 
 
 def _with_banks(lora: InstanceLora, layers: _Layers) -> dict[str, LoraFactor]:

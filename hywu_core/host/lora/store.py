@@ -19,6 +19,7 @@ from ...files.atomic import no_empty_folders
 from ...files.lora_files import Dialect, grouped_targets, read_file, save_lora, to_state_dict
 from ...files.names import below
 from ...lora import InstanceLora, blend, truncate
+from ...messages import Message
 from .. import progress
 from . import foreign
 from .matching import canonical
@@ -95,21 +96,24 @@ def save_to_output(lora: InstanceLora, prefix: str, dialect: Dialect, dtype: tor
     return path
 
 
-def remarks(lora: InstanceLora, dialect: Dialect) -> str:
-    """What a saved LoRA does not do where one would expect it; nothing if there is nothing to say."""
+def remarks(lora: InstanceLora, dialect: Dialect) -> Message | None:
+    """What a saved LoRA does not do where one would expect it; None if there is nothing to say."""
     experts = grouped_targets(lora)
     if dialect == "stock" and experts:
-        return (
-            f"{experts} of {len(lora.names)} targets are banks of experts, for which ComfyUI's own LoRA loader has no key: "
-            "it loads the others only. Load Instance LoRA reads them all."
+        return Message(
+            "{experts} of {count} targets are banks of experts, for which ComfyUI's own LoRA loader has no key: it loads the "
+            "others only. Load Instance LoRA reads them all.",
+            experts=experts,
+            count=len(lora.names),
         )
     base = lora.metadata.get("base")
     if dialect == "peft" and not lora.foreign and base not in DIFFUSERS_NAMES:
-        return (
-            f"For PEFT around a model with the module names that ComfyUI has for {base or 'this base'}. Where those of "
-            "diffusers differ, as for Flux, its pipelines do nothing with this folder: give them a file of the format stock."
+        return Message(
+            "For PEFT around a model with the module names that ComfyUI has for {base}. Where those of diffusers differ, as "
+            "for Flux, its pipelines do nothing with this folder: give them a file of the format stock.",
+            base=base or Message("this base"),
         )
-    return ""
+    return None
 
 
 def for_the_host(lora: InstanceLora) -> dict[str, torch.Tensor]:

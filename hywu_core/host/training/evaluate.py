@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...analysis.statistics import Interval, bootstrap
 from ...lora import InstanceLora, blend
+from ...messages import Message, listed
 from ...training.data import Draw
 from .. import memory
 from ..cards import NOTICE, Card
@@ -30,7 +31,11 @@ from .pairs_of_lists import HostPairs, host_pairs
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the sampling, noise at its start
 AVERAGED = 16  # instances whose products are averaged, and that are held at once, at most
-ARTISTS = {"base": "no LoRA", "shuffled": "another pair's LoRA", "averaged": "one average LoRA for all"}
+ARTISTS = {
+    "base": Message("no LoRA"),
+    "shuffled": Message("another pair's LoRA"),
+    "averaged": Message("one average LoRA for all"),
+}
 CONTROLS = BASE, MATCHED, SHUFFLED, AVERAGE = "base", "matched", "shuffled", "averaged"
 
 
@@ -146,15 +151,22 @@ def table(found: Evaluation) -> str:
 def card(found: Evaluation) -> Card:
     """What the controls say, in a sentence; a notice where the generator ignores what it reads."""
     rows = tuple(
-        (f"Better than {ARTISTS[name]}", "{:.3g}  (95 %: {:.3g} to {:.3g})".format(*found.gain(name)))
-        for name in found.others
+        (Message("Better than {other}", other=ARTISTS[name]), _gain(found.gain(name))) for name in found.others
     )
     tied = [ARTISTS[name] for name in found.others if found.gain(name)[1] <= 0]
-    pairs = f"Measured on {len(found.losses[MATCHED])} pairs; what is compared is the base's error."
+    pairs = Message(
+        "Measured on {count} pairs; what is compared is the base's error.", count=len(found.losses[MATCHED])
+    )
     if tied:
-        note = f"Not clearly better than {' and '.join(tied)}: train longer, or on more pairs."
+        others = listed(tied, "{first} and {second}")
+        note = Message("Not clearly better than {others}: train longer, or on more pairs.", others=others)
         return Card("The right LoRA makes no clear difference", rows, (note, pairs), NOTICE)
     return Card("The right LoRA is better than every other", rows, (pairs,))
+
+
+def _gain(gain: Interval) -> Message:
+    mean, low, high = (f"{number:.3g}" for number in gain)
+    return Message("{mean}  (95 %: {low} to {high})", mean=mean, low=low, high=high)
 
 
 def _losses(

@@ -21,6 +21,7 @@ import torch
 from ...files.atomic import atomic_write
 from ...files.names import below
 from ...lineage import instructions as as_kept
+from ...messages import Message
 from ...training import SessionOptions, TrainConfig
 from .. import cards, folders
 from ..cards import CURVE, GOOD, NOTICE, Card, Chart
@@ -31,7 +32,7 @@ from .frozen import refuse_untrainable
 from .lessons import Encoding, HostLesson, LessonError, Picture, ask, remembering
 from .pairs_of_lists import HostPairs, host_pairs
 from .previews import contact_sheet
-from .session import Front, Progress, Session, Task
+from .session import Front, Progress, Session, Task, step_of
 from .teach import NewEdit, Studio
 
 FOLDER = "hywu"  # below the output folder
@@ -47,7 +48,7 @@ class Result(NamedTuple):
     losses: dict[str, list[float]]  # the host's LOSS_MAP
     steps: int
     card: Card
-    report: str = ""
+    report: Message | str = ""
 
 
 def train_on_lists(
@@ -236,13 +237,13 @@ class ServerFront(Front):
         root = folder_paths.get_folder_paths(folders.FOLDER)[0]
         return below(root, self.name, "a run") / f"step-{step:06}.safetensors"
 
-    def say(self, text: str) -> None:
+    def say(self, text: Message) -> None:
         logging.info("HY-WU: %s", text)
         self._draw(self._card("Getting ready" if self._progress is None else "Training", notes=(text,)))
 
-    def stopped(self, text: str) -> None:
+    def stopped(self, text: Message) -> None:
         logging.info("HY-WU: %s", text)
-        again = "Run the workflow again to go on from here."
+        again = Message("Run the workflow again to go on from here.")
         self._draw(self._card("Stopped. Nothing is lost.", NOTICE, (again, text)))
 
     def show(self, progress: Progress) -> None:
@@ -267,20 +268,21 @@ class ServerFront(Front):
     def check(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def finished(self, losses: Sequence[float], done: int, notes: Sequence[str] = ()) -> Card:
+    def finished(self, losses: Sequence[float], done: int, notes: Sequence[Message] = ()) -> Card:
         """What the node shows from then on."""
-        card = self._card("Trained", notes=(*notes, f"Logs and the generator are in {self.folder}."))
+        where = Message("Logs and the generator are in {folder}.", folder=self.folder)
+        card = self._card("Trained", notes=(*notes, where))
         if self._progress is None:
             # nothing was left to do
             curve = (Chart(CURVE, "Loss", tuple(losses)),) if losses else ()
-            card = card._replace(rows=(("Step", f"{done} of {self.steps}"),), charts=curve)
+            card = card._replace(rows=(("Step", step_of(done, self.steps)),), charts=curve)
         return card
 
     def _draw(self, card: Card) -> None:
         if self.draw:
             self.draw(card)
 
-    def _card(self, title: str, level: str = GOOD, notes: Sequence[str] = ()) -> Card:
+    def _card(self, title: str, level: str = GOOD, notes: Sequence[Message] = ()) -> Card:
         rows = self._progress.rows() if self._progress else ()
         losses = self._progress.losses if self._progress else ()
         charts = (Chart(CURVE, "Loss, step by step", tuple(losses)),) if len(losses) > 1 else ()

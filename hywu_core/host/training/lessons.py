@@ -13,6 +13,7 @@ from ...condition import CLIP_VISION, HIDDEN_STATES, REFERENCE_LATENT, Condition
 from ...config import GeneratorConfig
 from ...errors import HywuError, MatchError
 from ...layout import all_targets
+from ...messages import Message
 from ...training import GeneratorTrainable, Sample, TrainConfig
 from ...training.options import PRECISIONS
 from ...training.weight_space import Lesson, Likeness, Teacher, likeness
@@ -21,7 +22,8 @@ from ..conditions import from_host
 from ..memory import GeneratorHandle
 from .identity import digest
 
-MEMORY, LORAS = "memory", "loras"  # names of lessons, in logs and progress
+MEMORY, LORAS = "memory", "loras"  # names of lessons, in logs
+SHOWN_AS = {MEMORY: Message("memory"), LORAS: Message("loras")}
 LOOKED_AT = (
     4  # pictures on which a report compares, and on which an instruction is asked where each costs an encoder's pass
 )
@@ -202,12 +204,13 @@ def kept(asked: Asked, pupil: Teacher, teacher: Teacher) -> list[Likeness]:
     return found
 
 
-def table(rows: Sequence[tuple[str, Likeness]], heading: str) -> str:
+def table(rows: Sequence[tuple[str, Likeness]], heading: Message) -> Message:
     """Likenesses as tab-separated text, the least kept first."""
-    lines = [f"{heading}\tdistance\tcosine\tstrength"]
-    for text, found in sorted(rows, key=lambda row: -row[1].distance):
-        lines.append(f"{text}\t{found.distance:.4f}\t{found.cosine:.4f}\t{found.strength:.3f}")
-    return "\n".join(lines)
+    lines = [
+        f"{text}\t{found.distance:.4f}\t{found.cosine:.4f}\t{found.strength:.3f}"
+        for text, found in sorted(rows, key=lambda row: -row[1].distance)
+    ]
+    return Message("{heading}\tdistance\tcosine\tstrength\n{rows}", heading=heading, rows="\n".join(lines))
 
 
 def _some(pictures: Sequence[Picture], number: int) -> list[Picture]:

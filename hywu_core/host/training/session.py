@@ -27,6 +27,7 @@ from ...errors import HywuError
 from ...files.checkpoint import save_generator
 from ...lineage import continued
 from ...lora import InstanceLora
+from ...messages import Message
 from ...plan import summary
 from ...training import (
     GeneratorTrainable,
@@ -50,7 +51,7 @@ from ..engine import refuse_beyond
 from ..memory import GeneratorHandle
 from ..new_generator import check_fits
 from .identity import begun, claim, digest_of_base
-from .lessons import HostLesson
+from .lessons import SHOWN_AS, HostLesson
 from .objective import DiffusionObjective
 
 FINISH = "finish"
@@ -100,20 +101,24 @@ class Progress(NamedTuple):
         return f"{text}, {self.seconds:.2f} s a step" + (f", {self.left} left" if self.done < self.steps else "")
 
     @property
-    def left(self) -> str:
+    def left(self) -> Message:
         """The time that it still takes."""
         return _time((self.steps - self.done) * self.seconds)
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The same as names and values."""
-        found = [("Step", f"{self.done} of {self.steps}")]
+        found = [("Step", step_of(self.done, self.steps))]
         if self.done < self.steps:
-            found.append(("Time left", f"{self.left}, {self.seconds:.2f} s a step"))
-        found.append(("Loss", f"{self.loss:.4g}, mean of the last {min(RECENT, self.done)} steps"))
+            left = Message("{left}, {seconds} s a step", left=self.left, seconds=f"{self.seconds:.2f}")
+            found.append(("Time left", left))
+        mean = Message("{loss}, mean of the last {count} steps", loss=f"{self.loss:.4g}", count=min(RECENT, self.done))
+        found.append(("Loss", mean))
         for name, measured in (("Last measured", self.at), ("Held-out pairs", self.held_out)):
             if measured:
-                found.append((name, f"{measured[0]:.4g}; without a LoRA {measured[1]:.4g}"))
-        found += [(f"Distance, {name}", f"{distance:.3g}") for name, distance in self.distances.items()]
+                loss, base = (f"{number:.4g}" for number in measured)
+                found.append((name, Message("{loss}; without a LoRA {base}", loss=loss, base=base)))
+        for name, distance in self.distances.items():
+            found.append((Message("Distance, {lesson}", lesson=SHOWN_AS[name]), f"{distance:.3g}"))
         return tuple(found)
 
 
@@ -124,10 +129,10 @@ class Front:
         """Where the generator goes: as it is after a step, or at the end."""
         raise NotImplementedError
 
-    def say(self, text: str) -> None:
+    def say(self, text: Message) -> None:
         """A line for whoever waits."""
 
-    def stopped(self, text: str) -> None:
+    def stopped(self, text: Message) -> None:
         """When it ended before its last step: what is kept, and how to go on."""
         self.say(text)
 
@@ -193,7 +198,12 @@ class Session:
         pairs = self.task.pairs if self.objective else None
         self._room = self._needed(trainable, config, _largest(pairs) if pairs else None)
         size = summary(self.generator.config, self.patcher.model_size())
-        self.front.say(f"{size}, about {self._room / 1e9:.1f} GB of memory beside the base while it is trained.")
+        needed = Message(
+            "{generator}, about {room} GB of memory beside the base while it is trained.",
+            generator=size,
+            room=f"{self._room / 1e9:.1f}",
+        )
+        self.front.say(needed)
         at_once = config.micro_batch or config.batch
         refuse_beyond(
             self.patcher.load_device,
@@ -206,7 +216,8 @@ class Session:
         self.trainer = Trainer(trainable, self.objective, pairs, config, communication, self.front.check, lessons)
         if goes_on:
             self.trainer.resume(self.folder / STATE)
-            self.front.say(f"The run in {self.folder} goes on after step {self.trainer.done}.")
+            at = {"folder": self.folder, "step": self.trainer.done}
+            self.front.say(Message("The run in {folder} goes on after step {step}.", **at))
 
     def load(self) -> None:
         """Have the host load everything, with room for what training needs beside it. The base may be offloaded."""
@@ -221,10 +232,13 @@ class Session:
         """
         trainer, begun, whole = self.trainer, self.trainer.done, False
         if trainer.done > trainer.config.steps:
-            self.front.say(
-                f"The run has {trainer.done} steps already, and {trainer.config.steps} are asked for: the generator is given "
-                "as it is, and the state is kept."
+            beyond = Message(
+                "The run has {done} steps already, and {steps} are asked for: the generator is given as it is, and the state "
+                "is kept.",
+                done=trainer.done,
+                steps=trainer.config.steps,
             )
+            self.front.say(beyond)
         self.log = RunLog(self.folder, trainer.done, trainer.lessons.names) if self.main else None
         self._began = time.monotonic(), begun
         try:
@@ -234,11 +248,15 @@ class Session:
             if self.main and (trainer.done > begun or whole):
                 self.keep(self.front.generator_file(None))
             if self.main and not whole and trainer.done:
-                self.front.stopped(
-                    f"Stopped after step {trainer.done} of {trainer.config.steps}. The state is kept in {self.folder}: start "
-                    f"the run again to go on, or with at most {trainer.done} steps to take the generator as it is. It is "
-                    f"also in {self.front.generator_file(None)}."
+                kept = Message(
+                    "Stopped after step {done} of {steps}. The state is kept in {folder}: start the run again to go on, or "
+                    "with at most {done} steps to take the generator as it is. It is also in {file}.",
+                    done=trainer.done,
+                    steps=trainer.config.steps,
+                    folder=self.folder,
+                    file=self.front.generator_file(None),
                 )
+                self.front.stopped(kept)
 
     def keep(self, path: Path) -> None:
         """Write the generator as it is now; the averaged weights, where there are such.
@@ -427,8 +445,15 @@ def _mean(losses: list[float]) -> float | None:
     return float(f"{sum(float(f'{loss:.6g}') for loss in losses) / len(losses):.6g}") if losses else None
 
 
-def _time(seconds: float) -> str:
+def step_of(done: int, steps: int) -> Message:
+    """How far a run is."""
+    return Message("{done} of {steps}", done=done, steps=steps)
+
+
+def _time(seconds: float) -> Message:
     minutes = round(seconds / 60)
     if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+        return Message("{seconds} s", seconds=f"{seconds:.0f}")
+    if minutes < 120:
+        return Message("{minutes} min", minutes=minutes)
+    return Message("{hours} h {minutes} min", hours=minutes // 60, minutes=f"{minutes % 60:02}")

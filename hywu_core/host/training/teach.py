@@ -18,6 +18,7 @@ from torch import Tensor
 from ...files.atomic import atomic_write
 from ...files.text import read_text
 from ...lineage import instructions as as_kept
+from ...messages import Message
 from ...training import SessionOptions, TrainConfig
 from ..conditions import from_host
 from ..memory import GeneratorHandle
@@ -45,7 +46,7 @@ class Result(NamedTuple):
     """What teaching gives."""
 
     handle: GeneratorHandle
-    report: str
+    report: Message
     losses: list[float]
     steps: int
 
@@ -244,19 +245,20 @@ def do(task: Task, config: TrainConfig, options: SessionOptions, folder: Path, f
             session.release()
 
 
-def _report(session: Session) -> str:
+def _report(session: Session) -> Message:
     """What the session did to new and old, edit by edit."""
     (found,) = session.task.lessons
     asked: Asked = found.lesson.samples
     pupil, teacher = session.trainer.trainable, found.lesson.teacher
     rows = list(zip(asked.texts, kept(asked, pupil, teacher), strict=True))
     if not session.objective:
-        return table(rows, "instruction, against its LoRA")
+        return table(rows, Message("instruction, against its LoRA"))
     losses = [session.losses_of(one) for one in (None, teacher, pupil)]
-    new = "new edit\tloss of the base\tbefore\tnow\n" + "\t".join(
-        [session.task.instructions[0], *(f"{loss:.5f}" for loss in losses)]
+    return Message(
+        "new edit\tloss of the base\tbefore\tnow\n{losses}\n\n{old}",
+        losses="\t".join([session.task.instructions[0], *(f"{loss:.5f}" for loss in losses)]),
+        old=table(rows, Message("old instruction, against before")),
     )
-    return f"{new}\n\n{table(rows, 'old instruction, against before')}"
 
 
 def _check_pairs(new: NewEdit) -> None:
