@@ -1,6 +1,6 @@
 """How often Generate would say that it does not know an instruction: for known ones, paraphrases, and foreign ones.
 
-    .venv/bin/python scripts/measure_notices.py [--generator FILE]
+    .venv/bin/python scripts/measure_notices.py [--generator FILE] [--suite eight]
 
 Takes the pocket editor's text encoder. Without a file, a part of the ways to ask for the study's edits stands for what a
 generator was trained on, and the others are paraphrases that it never met. With the file of a generator, what that keeps is
@@ -50,17 +50,17 @@ LANGUAGES = ("", "ajoute un chapeau", "nimm den Hund weg", "añade un coche", "�
              "добавь шляпу", "aggiungi un gatto", "voeg een boom toe", "qwertz", "12345")  # fmt: skip
 
 
-def sentences() -> dict[str, list[str]]:
-    """COUNT known, paraphrased and foreign instructions each, and all that were trained on."""
+def sentences(suite: str) -> dict[str, list[str]]:
+    """COUNT known, paraphrased and foreign instructions each, or all that there are, and all that were trained on."""
     source = random.Random(SEED)
-    wordings = [wording for edit in SUITES["all"] for wording in edit.wordings]
+    wordings = [wording for edit in SUITES[suite] for wording in edit.wordings]
     trained = [frame.format(wording) for wording, frame in itertools.product(wordings, TRAINED_FRAMES)]
     other = [frame.format(_reworded(wording)) for wording, frame in itertools.product(wordings, OTHER_FRAMES)]
     foreign = [" ".join(words).strip() for words in itertools.product(VERBS, THINGS + MORE_THINGS, PLACES)]
     return {
         "trained": trained,
-        "known": source.sample(trained, COUNT),
-        "paraphrased": source.sample(other, COUNT),
+        "known": source.sample(trained, min(COUNT, len(trained))),
+        "paraphrased": source.sample(other, min(COUNT, len(other))),
         "foreign": [*LANGUAGES, *source.sample(foreign, COUNT - len(LANGUAGES))],
     }
 
@@ -74,13 +74,14 @@ def _reworded(wording: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", type=Path, help="a generator of the pocket editor whose file keeps what it met")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="all", help="the edits that are known")
     arguments = parser.parse_args()
     _, clip, _ = pocket.load_pocket_editor()
 
     def read(text: str) -> torch.Tensor:
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
 
-    asked = sentences()
+    asked = sentences(arguments.suite)
     hywu = knowledge.gathered({}, [read(text)[0] for text in asked["trained"]])
     if arguments.generator:
         hywu = load_generator(arguments.generator).config.hywu
