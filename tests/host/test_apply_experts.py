@@ -158,10 +158,10 @@ def test_experts_that_are_brought_one_by_one_give_the_same(toy, lora, golden, mo
 
 def test_a_merge_into_banks_that_do_not_stay_is_cautioned_against(toy, lora, monkeypatch):
     """There the host writes the LoRA into a bank again whenever it fetches it."""
-    assert apply_lora(toy, lora, 1.0, "merge")[1].caution == ""
+    assert apply_lora(toy, lora, 1.0, "merge")[1].caution is None
     monkeypatch.setattr(comfy.model_management, "maximum_vram_for_weights", lambda device: 0)
     patched, matches = apply_lora(toy, lora, 1.0, "merge")
     assert "The mode bypass gives the same picture" in matches.caution
     card = lora_cards.applied(lora, matches, 1.0, "merge")
     assert card.level == cards.NOTICE and matches.caution in card.notes
-    assert apply_lora(toy, lora, 1.0, "bypass")[1].caution == ""
+    assert apply_lora(toy, lora, 1.0, "bypass")[1].caution is None
