@@ -1,6 +1,6 @@
 """One new edit from eight pairs, taught to the generator that ships: what it learns, what it keeps, and a LoRA of its own.
 
-    .venv/bin/python scripts/personal_pocket.py [--edits sepia] [--seeds 0 1 2] [--memory 2] [--asked 16] [--steps 120]
+    .venv/bin/python scripts/personal_pocket.py [--edits sepia] [--seeds 0 1 2] [--memory 100] [--asked 16] [--steps 240]
 
 Resumable: every score is in --out and is not made again, and a run that was ended goes on from --work.
 """

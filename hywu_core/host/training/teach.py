@@ -32,7 +32,7 @@ from .session import Front, Session, Task
 
 # as measured in docs/evidence.md: asking more old instructions in a step keeps more at the same weight, and three steps of a
 # fresh optimizer at 1e-3 cost a well-trained generator many dB on its old edits
-TEACH = TrainConfig(steps=120, batch=8, learning_rate=3e-4, warmup=12, memory=2.0, memory_batch=16)
+TEACH = TrainConfig(steps=240, batch=8, learning_rate=3e-4, warmup=24, memory=100.0, memory_batch=16)
 ASKED = 2  # old instructions of a step for each of its pairs
 LEARN = TrainConfig(steps=600, batch=8, learning_rate=1e-3, warmup=30, diffusion=0.0, loras=1.0)
 FEW = 8  # pairs below which a new edit is rarely learned
