@@ -41,10 +41,7 @@ def check(hywu: Mapping[str, Any]) -> None:
 def instructions(texts: Iterable[str]) -> tuple[str, ...]:
     """Texts as a file keeps them: stripped, each once, in their order, none empty, no more than may be."""
     found = [text.strip()[:CHARACTERS].rstrip() for text in texts]
-    found = list(dict.fromkeys(text for text in found if text))
-    if len(found) <= INSTRUCTIONS:
-        return tuple(found)
-    return tuple(found[place * len(found) // INSTRUCTIONS] for place in range(INSTRUCTIONS))
+    return _thinned(list(dict.fromkeys(text for text in found if text)), INSTRUCTIONS)
 
 
 def continued(
@@ -57,10 +54,19 @@ def continued(
         texts: the instructions that it was trained on in this step.
         known: others, that its file may not name yet.
     """
-    listed = instructions([*hywu.get("instructions", ()), *known, *texts])
+    # a full list makes room for what is new, or nobody would ask for it, nor the next teaching hold it
+    newest = instructions(texts)
+    before = [text for text in instructions([*hywu.get("instructions", ()), *known]) if text not in newest]
+    listed = (*_thinned(before, INSTRUCTIONS - len(newest)), *newest)
     named = {"instructions": len(texts), "named": list(texts[:NAMED])} if texts else {}
     past = [*hywu.get("lineage", ()), {**step, **named}][-STEPS:]
     return {**hywu, **({"instructions": list(listed)} if listed else {}), "lineage": past}
+
+
+def _thinned(texts: Sequence[str], most: int) -> tuple[str, ...]:
+    """Some from all parts of a list that is too long."""
+    count = min(len(texts), most)
+    return tuple(texts[place * len(texts) // count] for place in range(count))
 
 
 def _small(step: dict) -> bool:
