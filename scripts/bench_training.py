@@ -36,6 +36,18 @@ MAPPED = (
 )
 
 
+def generator_for(base, **sizes):
+    """The configuration of a generator for an EditorConfig, on the layers of the picture's stream."""
+    from hywu_core import GeneratorConfig
+
+    layers = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
+    return GeneratorConfig(
+        **sizes, head_dim=32, input_dim=64, alpha=16, dim_accumulation=2,
+        num_base_model_layers=base.depth, prefix="double_blocks.",
+        pg_mapping={n: {"lora_A_dim": base.width * i, "lora_B_dim": base.width * o} for n, (i, o) in layers.items()},
+    )  # fmt: skip
+
+
 def build(base_again: bool, generator_again: bool, micro_batch: int, batch: int = BATCH, large: bool = False):
     """A trainer of everything real but the data and the weights. `large`: many layers, and many positions in each."""
     from in_host import enter_host
@@ -43,22 +55,16 @@ def build(base_again: bool, generator_again: bool, micro_batch: int, batch: int 
     enter_host()
     import torch
 
-    from hywu_core import Generator, GeneratorConfig
+    from hywu_core import Generator
     from hywu_core.bases.pocket import EditorConfig, build_editor
     from hywu_core.host.training.objective import DiffusionObjective
     from hywu_core.training import GeneratorTrainable, TrainConfig, Trainer
 
     base = EditorConfig(width=512, heads=16, depth=16) if large else EditorConfig(width=256, heads=8, depth=6)
-    layers = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
     sizes = {"d_model": 192, "num_pg_layers": 4, "output_dim": 128, "token_dim": 128, "rank": 8}
     if large:
         sizes = {"d_model": 128, "num_pg_layers": 2, "output_dim": 64, "token_dim": 64, "rank": 16}
-    config = GeneratorConfig(
-        **sizes, head_dim=32, input_dim=64, alpha=16,
-        num_base_model_layers=base.depth, dim_accumulation=2, prefix="double_blocks.",
-        pg_mapping={n: {"lora_A_dim": base.width * i, "lora_B_dim": base.width * o} for n, (i, o) in layers.items()},
-    )  # fmt: skip
-    generator = Generator(config, dtype=torch.float32).initialize()
+    generator = Generator(generator_for(base, **sizes), dtype=torch.float32).initialize()
     generator.checkpoint_blocks = generator_again
     objective = DiffusionObjective(build_editor(base), "double_blocks" if base_again else None)
     objective.prepare()
