@@ -104,6 +104,22 @@ def test_a_trace_says_what_a_device_did(scripts):
     assert found == pytest.approx(expected | {"busy": 0.5, "copying": 0.2, "both_at_once": 0.1})
 
 
+def test_training_on_a_quantised_base_is_measured(tmp_path):
+    done = run("bench_training.py", "quantised", "--steps", "4", "--json", str(tmp_path / "losses.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "losses.json").read_text())
+    plain, other = (found["bases"][name] for name in ("float32", "fp8"))
+    assert found["apart"] == other["last"] / plain["last"] - 1 and 0 < abs(found["apart"]) < 0.03
+    assert f"after 4 steps {found['apart']:+.2%} apart" in done.stdout
+
+
+def test_a_quantised_base_that_ends_far_off_fails_its_benchmark(scripts, monkeypatch, capsys):
+    bench = importlib.import_module("bench_training")
+    monkeypatch.setattr(bench, "trained_on", lambda kind, steps: {"first": 2.0, "last": 1.0 if kind is None else 1.04})
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", "quantised"])
+    assert bench.main() == 1 and "+4.00% apart" in capsys.readouterr().out
+
+
 def test_the_benchmark_runs_small(tmp_path):
     files = [str(tmp_path / name) for name in ("bench.json", "bench.png")]
     done = run(
