@@ -3,13 +3,16 @@
 Base and generator are random, see `build`. Each variant runs in processes of its own, so that its peak is its own: the peak
 resident size during a step, above what is resident before it (weights, libraries, optimizer). Time is that of the processor,
 which other programs disturb least; it is the wall clock's with OMP_NUM_THREADS=1.
-Run: .venv/bin/python scripts/bench_training.py [stages]
+Run: .venv/bin/python scripts/bench_training.py [stages | quantised] [--steps N] [--json FILE]
 
 With `stages`: a batch of 8 beside a batch of 1, for a generator whose graphs are too large to stay while the base is run.
+With `quantised`: a pocket generator trained on the editor that ships, in float32 and with its blocks in fp8, from the same
+seeds; fails if the two end further apart than a bound.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -31,9 +34,24 @@ VARIANTS = {  # name -> (checkpoint the base, checkpoint the generator, micro-ba
 }
 BATCHES = {"batch of 1": 1, "batch of 8": 8}  # with `stages`
 BATCH, SIZE, STEPS = 4, 48, 3
+BASES = {"float32": None, "fp8": "float8_e4m3fn"}  # with `quantised`: the host's name of the format
+MOST_APART = 0.03  # of the losses at the end, relative to the float32 base's
+LAST = 50  # steps whose mean is the loss at the end
 MAPPED = (
     65536  # bytes from which the allocator gives memory back to the system at once, so that the peak is what is in use
 )
+
+
+def generator_for(base, **sizes):
+    """The configuration of a generator for an EditorConfig, on the layers of the picture's stream."""
+    from hywu_core import GeneratorConfig
+
+    layers = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
+    return GeneratorConfig(
+        **sizes, head_dim=32, input_dim=64, alpha=16, dim_accumulation=2,
+        num_base_model_layers=base.depth, prefix="double_blocks.",
+        pg_mapping={n: {"lora_A_dim": base.width * i, "lora_B_dim": base.width * o} for n, (i, o) in layers.items()},
+    )  # fmt: skip
 
 
 def build(base_again: bool, generator_again: bool, micro_batch: int, batch: int = BATCH, large: bool = False):
@@ -43,22 +61,16 @@ def build(base_again: bool, generator_again: bool, micro_batch: int, batch: int 
     enter_host()
     import torch
 
-    from hywu_core import Generator, GeneratorConfig
+    from hywu_core import Generator
     from hywu_core.bases.pocket import EditorConfig, build_editor
     from hywu_core.host.training.objective import DiffusionObjective
     from hywu_core.training import GeneratorTrainable, TrainConfig, Trainer
 
     base = EditorConfig(width=512, heads=16, depth=16) if large else EditorConfig(width=256, heads=8, depth=6)
-    layers = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
     sizes = {"d_model": 192, "num_pg_layers": 4, "output_dim": 128, "token_dim": 128, "rank": 8}
     if large:
         sizes = {"d_model": 128, "num_pg_layers": 2, "output_dim": 64, "token_dim": 64, "rank": 16}
-    config = GeneratorConfig(
-        **sizes, head_dim=32, input_dim=64, alpha=16,
-        num_base_model_layers=base.depth, dim_accumulation=2, prefix="double_blocks.",
-        pg_mapping={n: {"lora_A_dim": base.width * i, "lora_B_dim": base.width * o} for n, (i, o) in layers.items()},
-    )  # fmt: skip
-    generator = Generator(config, dtype=torch.float32).initialize()
+    generator = Generator(generator_for(base, **sizes), dtype=torch.float32).initialize()
     generator.checkpoint_blocks = generator_again
     objective = DiffusionObjective(build_editor(base), "double_blocks" if base_again else None)
     objective.prepare()
@@ -150,16 +162,53 @@ def apart(variant: str, kind: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    if sys.argv[1:] == ["stages"]:
-        peaks = {variant: apart(variant, "memory")["bytes"] for variant in BATCHES}
-        for variant, found in peaks.items():
-            print(f"{variant:24} {found / 2**20:9.0f} MiB {found / peaks['batch of 1']:6.2f}")
-        return
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1], sys.argv[2] == "time")))
-        return
-    results = {variant: apart(variant, "memory") | apart(variant, "time") for variant in VARIANTS}
+def quantised(steps: int) -> dict:
+    """The losses of a training on each base: over the first steps and over the last, and how far apart the ends are."""
+    bases = {name: trained_on(kind, steps) for name, kind in BASES.items()}
+    plain, other = (bases[name]["last"] for name in BASES)
+    return {"steps": steps, "bases": bases, "apart": other / plain - 1}
+
+
+def trained_on(kind: str | None, steps: int) -> dict[str, float]:
+    """Train as the pocket generators were, on the same draws whatever the base."""
+    from in_host import enter_host
+
+    enter_host()
+    import torch
+    from quantised_editor import quantised_editor
+
+    from hywu_core import Generator
+    from hywu_core.bases import pocket
+    from hywu_core.host.training.objective import DiffusionObjective
+    from hywu_core.training import GeneratorTrainable, TrainConfig, Trainer
+    from study import methods, pictures
+    from study.edits import SUITES
+    from study.task import EditingTask
+
+    torch.set_num_threads(1)
+    model, clip, _ = pocket.load_pocket_editor()
+    if kind is not None:
+        state = model.model.diffusion_model.state_dict()
+        model = quantised_editor(state, pocket.EditorConfig(), kind, torch.float32)
+    objective = DiffusionObjective(model)
+    objective.prepare()
+    composed, names = pictures.compose("train", 32, 1, 0)
+    config = methods.generator_config()
+    task = EditingTask(clip, composed, names, SUITES["eight"], config, "blind")
+    generator = Generator(config, dtype=torch.float32).initialize(0)
+    how = TrainConfig(steps=steps, batch=16, learning_rate=2e-3, warmup=max(1, steps // 10))
+    losses: list[float] = []
+    Trainer(GeneratorTrainable(generator), objective, task, how).run(lambda report: losses.append(report.loss))
+    count = min(LAST, max(1, steps // 2))
+    return {"first": statistics.fmean(losses[:count]), "last": statistics.fmean(losses[-count:])}
+
+
+def show_stages(peaks: dict[str, dict[str, float]]) -> None:
+    for variant, found in peaks.items():
+        print(f"{variant:24} {found['bytes'] / 2**20:9.0f} MiB {found['bytes'] / peaks['batch of 1']['bytes']:6.2f}")
+
+
+def show_variants(results: dict[str, dict[str, float]]) -> None:
     plain = results["plain"]
     print(f"{'variant':24} {'peak MiB':>9} {'ratio':>6} {'CPU s':>8} {'ratio':>6}")
     for variant, found in results.items():
@@ -169,5 +218,38 @@ def main() -> None:
         )
 
 
+def show_quantised(results: dict) -> None:
+    print(f"{'base':24} {'first loss':>11} {'last loss':>11}")
+    for name, found in results["bases"].items():
+        print(f"{name:24} {found['first']:11.5f} {found['last']:11.5f}")
+    print(f"after {results['steps']} steps {results['apart']:+.2%} apart (bound {MOST_APART:.0%})")
+
+
+def main() -> int:
+    """Measure, show, say whether a bound is kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", help="stages, or quantised; all variants by default")
+    parser.add_argument("--steps", type=int, default=200, help="of quantised")
+    parser.add_argument("--json", type=Path, help="also write everything there")
+    arguments = parser.parse_args()
+    if len(arguments.what) == 2:  # one variant, as `apart` asks for it
+        print(json.dumps(measure(arguments.what[0], arguments.what[1] == "time")))
+        return 0
+    if arguments.what == ["stages"]:
+        results = {variant: apart(variant, "memory") for variant in BATCHES}
+        show_stages(results)
+    elif arguments.what == ["quantised"]:
+        results = quantised(arguments.steps)
+        show_quantised(results)
+    elif arguments.what:
+        parser.error(f"no such measure: {' '.join(arguments.what)}")
+    else:
+        results = {variant: apart(variant, "memory") | apart(variant, "time") for variant in VARIANTS}
+        show_variants(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return 1 if abs(results.get("apart", 0)) > MOST_APART else 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -64,11 +64,17 @@ class Run:
 class HostServer:
     """ComfyUI in a process of its own, with folders of its own below `folder`, and no node pack but this one.
 
-    Use as a context manager. `log` is everything that it printed.
+    Use as a context manager. `log` is everything that it printed. `cpu` keeps it to the CPU, whatever the machine has.
     """
 
     def __init__(
-        self, python: str | Path, host: Path, folder: Path, pack: str = "hywu", arguments: tuple[str, ...] = ()
+        self,
+        python: str | Path,
+        host: Path,
+        folder: Path,
+        pack: str = "hywu",
+        arguments: tuple[str, ...] = (),
+        cpu: bool = True,
     ):
         self.folder, self.log = Path(folder).resolve(), Path(folder).resolve() / "server.log"
         self.input, self.output = self.folder / "input", self.folder / "output"
@@ -77,7 +83,8 @@ class HostServer:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [
-            *(str(python), str(host / "main.py"), "--cpu", "--port", str(self.port)),
+            *(str(python), str(host / "main.py"), "--port", str(self.port)),
+            *(("--cpu",) if cpu else ()),
             *("--input-directory", str(self.input), "--output-directory", str(self.output)),
             *("--temp-directory", str(self.folder), "--user-directory", str(self.folder / "user")),
             *("--database-url", "sqlite:///:memory:", "--disable-api-nodes"),

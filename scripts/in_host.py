@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,13 +20,16 @@ for stream in (
         stream.reconfigure(errors="backslashreplace")
 
 
-def enter_host(host: Path | None = None, cpu: bool = True) -> None:
+def enter_host(host: Path | None = None, cpu: bool = True, options: Sequence[str] = ()) -> Path:
     """Put the host on the path and have it parse arguments, before anything asks it for a device.
 
     Args:
         host: ComfyUI's folder; by default COMFYUI_DIR, the one whose custom_nodes this pack lies in, or the one that
             scripts/setup.sh made.
         cpu: keep to the CPU, whatever the machine has.
+        options: of the host's own command line.
+    Returns:
+        ComfyUI's folder.
     """
     named = host or os.environ.get("COMFYUI_DIR")
     # where the pack is a link in custom_nodes, only the path by which the script was called leads to ComfyUI
@@ -38,7 +42,7 @@ def enter_host(host: Path | None = None, cpu: bool = True) -> None:
             "ComfyUI's custom_nodes, set COMFYUI_DIR to ComfyUI's folder, or run scripts/setup.sh."
         )
     sys.path.insert(0, str(host))
-    argv, sys.argv = sys.argv, [sys.argv[0], *(["--cpu"] if cpu else [])]
+    argv, sys.argv = sys.argv, [sys.argv[0], *(["--cpu"] if cpu else []), *options]
     try:
         import comfy.options
 
@@ -46,6 +50,7 @@ def enter_host(host: Path | None = None, cpu: bool = True) -> None:
         import comfy.cli_args
     finally:
         sys.argv = argv
+    return host
 
 
 def hurry(threads: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..condition import OF_THE_BASE, Condition, assemble
 from ..config import GeneratorConfig
 from ..errors import ConditionError
+from ..files import safetensors
 from ..files.checkpoint import GeneratorFiles, fingerprint, inspect_generator, save_generator
 from ..files.lora_cache import LoraCache, key_of
 from ..files.names import below
@@ -32,6 +33,7 @@ from ..training.trainable import concatenate, instances
 from . import engine
 from .conditions import from_host
 from .folders import FOLDER, SUFFIX
+from .mapped import mapped_by_host
 from .new_generator import generator_config
 
 WEIGHT_DTYPES = {
@@ -292,7 +294,7 @@ def _reloadable(
 
 def _built(files: GeneratorFiles, weight_dtype: torch.dtype | str | None) -> Generator:
     """The module over the file's tensors, in the host's layers: its quantised ones where the blocks' matrices are."""
-    state, kept = dict(files.tensors()), _kept_dtype(files, weight_dtype)
+    state, kept = _state(files), _kept_dtype(files, weight_dtype)
     kind = files.quantised if weight_dtype is None else weight_dtype if isinstance(weight_dtype, str) else None
     if kind is None:
         generator = Generator(files.config, operations=comfy.ops.manual_cast, device="meta", dtype=kept)
@@ -304,6 +306,19 @@ def _built(files: GeneratorFiles, weight_dtype: torch.dtype | str | None) -> Gen
     generator = Generator(files.config, operations=operations, device="cpu", dtype=kept)
     generator.load_state_dict(state, assign=True)
     return generator
+
+
+def _state(files: GeneratorFiles) -> dict[str, Tensor]:
+    """Every tensor by name, memory-mapped, by the host where that is of use to it."""
+    if not safetensors.keep_mapped():
+        return dict(files.tensors())
+    state: dict[str, Tensor] = {}
+    for shard, names in files.shards.items():
+        mapped = mapped_by_host(shard)
+        if mapped is None:
+            return dict(files.tensors())
+        state |= {name: mapped[name] for name in names}
+    return state
 
 
 def _kept_dtype(files: GeneratorFiles, weight_dtype: torch.dtype | str | None) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Commands that measure run dry on the CPU, in processes of their own as a user starts them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,18 +16,108 @@ from hywu_core.files.checkpoint import inspect_generator
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+@pytest.fixture
+def gpu_checks(scripts):
+    return importlib.import_module("gpu_check")
+
+
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=os.environ)
 
 
-def test_the_check_of_a_gpu_runs_dry(tmp_path):
-    done = run("gpu_check.py", "--cpu", "--small", "--json", str(tmp_path / "numbers.json"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "numbers.json").read_text())
-    assert len(found) == 8 and not any("failed" in numbers for numbers in found.values())
+APART = ("launches", "capped")  # checks that start the host again
+FORMATS = ("plain", "fp8", "int8", "nvfp4")
+
+
+def checked(folder, *checks):
+    done = run("gpu_check.py", "--cpu", "--small", "--json", str(folder / "numbers.json"), *checks)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    found = json.loads((folder / "numbers.json").read_text())
+    assert found.keys() == set(checks) and not any("failed" in numbers for numbers in found.values())
+    return found
+
+
+def test_the_check_of_a_gpu_runs_dry(tmp_path, gpu_checks):
+    found = checked(tmp_path, *(name for name in gpu_checks.CHECKS if name not in APART))
     assert found["applied"]["base_bit_identical"] and found["applied"]["bypass_minus_merge"] < 1e-4
     assert found["exact"]["float32"]["relative_error"] < 1e-5 < found["exact"]["bfloat16"]["relative_error"] < 0.05
+    assert found["gradients"]["here"]["relative_error"] < 1e-5
+    stages = {"generate", "bypass", "merge", "training"}
+    assert stages < found["interrupted"].keys()
+    for name in stages:
+        assert found["interrupted"][name] == {"stopped": True, "base_bit_identical": True, "forwards_left": 0}
+    losses = [found[f"training_{kind}"]["first_loss"] for kind in FORMATS]
+    assert all(0 < abs(loss / losses[0] - 1) < 0.01 for loss in losses[1:])
+    sizes = [found[f"hunyuan_{kind}"]["weights_gb"] for kind in ("bf16", "fp8", "nvfp4")]
+    assert sizes == sorted(sizes, reverse=True)
+    for kind in ("bf16", "fp8", "nvfp4"):
+        resident = found[f"hunyuan_{kind}"]["resident"]
+        assert all(resident[name]["seconds"] > 0 for name in ("step", "step_with_lora", "token"))
+        assert "skipped" in found[f"hunyuan_{kind}"]["streamed"]
+
+
+def test_checks_of_a_gpu_start_the_host_in_other_ways(tmp_path):
+    found = checked(tmp_path, *APART)
+    assert found["launches"]["default"]["seconds"] and found["launches"]["plain memory"]["off_by"] == 0
+    assert found["capped"]["reserve 1 GB"]["seconds"] > 0
+
+
+def test_a_check_that_fails_says_why_and_the_others_go_on(gpu_checks, monkeypatch, capsys):
+    def fails(machine):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_checks, "Machine", lambda *arguments: None)
+    monkeypatch.setattr(gpu_checks, "CHECKS", {"first": fails, "second": lambda machine: {"seconds": 1.0}})
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_checks.main() == 1
+    said = capsys.readouterr().out
+    assert "RuntimeError: no such kernel" in said and '"seconds": 1.0' in said and "1 of 2 checks ran" in said
+
+
+def test_a_trace_says_what_a_device_did(scripts):
+    """A kernel of 4 ms, one of 2 ms that overlaps it by half, and a copy beside the last millisecond, in 10 ms."""
+    trace = importlib.import_module("gpu_checks.trace")
+    events = [
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel"},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernelExC"},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize"},
+        {"cat": "cpu_op", "name": "cudaLaunchKernel"},
+        {"cat": "kernel", "name": "gemm", "ts": 1000, "dur": 4000},
+        {"cat": "kernel", "name": "norm", "ts": 4000, "dur": 2000},
+        {
+            "cat": "gpu_memcpy",
+            "name": "Memcpy HtoD (Pinned -> Device)",
+            "ts": 5000,
+            "dur": 2000,
+            "args": {"bytes": 5e8},
+        },
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pageable)", "ts": 8000, "dur": 1000},
+    ]
+    found = trace.numbers_of(events, 0.01)
+    expected = {"launches": 2, "waits": 1, "copies_to_device": 1, "copied_gb": 0.5}
+    assert found == pytest.approx(expected | {"busy": 0.5, "copying": 0.2, "both_at_once": 0.1})
+
+
+def test_training_on_a_quantised_base_is_measured(tmp_path):
+    done = run("bench_training.py", "quantised", "--steps", "4", "--json", str(tmp_path / "losses.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "losses.json").read_text())
+    plain, other = (found["bases"][name] for name in ("float32", "fp8"))
+    assert found["apart"] == other["last"] / plain["last"] - 1 and 0 < abs(found["apart"]) < 0.03
+    assert f"after 4 steps {found['apart']:+.2%} apart" in done.stdout
+
+
+def test_a_quantised_base_that_ends_far_off_fails_its_benchmark(scripts, monkeypatch, capsys):
+    bench = importlib.import_module("bench_training")
+    monkeypatch.setattr(bench, "trained_on", lambda kind, steps: {"first": 2.0, "last": 1.0 if kind is None else 1.04})
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", "quantised"])
+    assert bench.main() == 1 and "+4.00% apart" in capsys.readouterr().out
 
 
 def test_the_benchmark_runs_small(tmp_path):

@@ -13,15 +13,17 @@ import hunyuan_tiny as tiny
 import pytest
 import second_device
 import torch
+from comfy.quant_ops import QuantizedTensor
 from dynamic import Vbar, dynamic_vram
 from safetensors.torch import load_file
 from second_device import DEVICE, Machine, host_on
 
-from hywu_core import InstanceLora, LoraFactor
+from hywu_core import InstanceLora, LoraFactor, load_generator, save_generator
 from hywu_core.bases.hunyuan_image3 import Choice, for_sampler, load, read_edit, reason
 from hywu_core.bases.hunyuan_image3.convert import convert
 from hywu_core.bases.hunyuan_image3.transformer import HunyuanImage3
-from hywu_core.condition import CONDITIONING, Condition, ConditionPart
+from hywu_core.condition import CONDITIONING, HIDDEN_STATES, Condition, ConditionPart
+from hywu_core.files import safetensors
 from hywu_core.host import memory
 from hywu_core.host.lora.apply import apply_lora
 from hywu_core.host.lora.experts import Rows
@@ -219,6 +221,31 @@ def test_weights_are_read_from_their_files_to_the_device(machine, base, monkeypa
     monkeypatch.setattr(comfy.memory_management, "read_tensor_file_slice_into", lambda *args, **named: False)
     again = load(base, torch.bfloat16)[0]
     assert torch.equal(read_edit(again, tiny.golden_edit(encoder)).condition.parts[0].tokens, with_files)
+
+
+@pytest.mark.parametrize("kind", [None, "int8_tensorwise"])
+def test_a_generators_weights_are_read_from_their_file_to_the_device(machine, tmp_path, monkeypatch, request, kind):
+    if request.node.callspec.params["machine"] == "plain":
+        pytest.skip("the plain patcher knows nothing of files")
+    path = save_generator(load_generator(tiny.FIXTURES / "pg_tiny"), tmp_path / "generator.safetensors", kind)
+    condition = Condition((ConditionPart(HIDDEN_STATES, torch.randn(1, 40, 64)),))
+
+    def written() -> torch.Tensor:
+        handle = memory.load(path)
+        weight = handle.generator.model.blocks[0].feed_forward.fc1.weight
+        stored = weight if kind is None else weight._qdata
+        places.append(getattr(stored.untyped_storage(), "_comfy_tensor_file_slice", None))
+        assert kind is None or isinstance(weight, QuantizedTensor)
+        lora = memory.generate(handle, condition)
+        return torch.cat([factor.flatten() for pair in lora.pairs for factor in pair])
+
+    places: list = []
+    monkeypatch.setattr(Vbar, "from_files", 0)
+    found = written()
+    assert Vbar.from_files > 0 and places[0].size > 0
+    monkeypatch.setattr(safetensors, "keep_mapped", lambda: False)  # --disable-mmap
+    read = Vbar.from_files
+    assert torch.equal(written(), found) and places[1] is None and Vbar.from_files == read
 
 
 def test_a_step_waits_once_for_its_prefix_and_once_for_each_layer(machine, base, request):

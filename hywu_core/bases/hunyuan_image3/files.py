@@ -17,8 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import comfy.memory_management
-import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +24,7 @@ from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors
 from ...files.shards import DTYPES, INDEX_FILE, Header, folder_shards, read_headers, some
 from ...files.text import read_text
+from ...host.mapped import mapped_by_host
 from . import quantised, vae, vision
 from .config import BaseConfig
 from .quantised import MARK, Stored
@@ -118,12 +117,11 @@ class Shards(ExitStack):
         self.callback(self._open.clear)
 
     def tensor(self, name: str, header: Header) -> Tensor:
-        """Memory-mapped: its bytes are read when they are used. Under dynamic VRAM the host maps it, so that it knows where
-        in which file a weight is, and can read it from there to the device.
-        """
+        """Memory-mapped: its bytes are read when they are used."""
         if header.shard not in self._open:
-            if comfy.memory_management.aimdo_enabled:
-                self._open[header.shard] = comfy.utils.load_safetensors(str(header.shard))[0].__getitem__
+            mapped = mapped_by_host(header.shard)
+            if mapped is not None:
+                self._open[header.shard] = mapped.__getitem__
             else:
                 shard = self.enter_context(open_safetensors(header.shard, CheckpointError))
                 self._open[header.shard] = shard.get_tensor
