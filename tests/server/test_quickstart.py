@@ -10,6 +10,7 @@ import pytest
 from demo import PICTURE, draw_picture
 from host_server import HostServer, to_api_format
 from PIL import Image
+from templates_pocket import SUNSET, WARM
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,6 +176,8 @@ def test_the_quickstart_of_0_1_comes_to_the_same_picture_as_todays_nodes(studio)
         prompt[kinds["LoadImage"]]["inputs"]["image"] = PICTURE
         prompt[kinds["ImageScaleToMaxDimension"]]["inputs"]["largest_size"] = then.shape[0]
         prompt[kinds["SaveImage"]]["inputs"]["images"] = [kinds["VAEDecode"], 0]
+        for node in prompt.values():
+            node["inputs"] |= {field: WARM for field, value in node["inputs"].items() if value == SUNSET}
         run = studio.run(prompt)
         assert run.outcome == "execution_success", run.messages[-1]
         now = np.asarray(Image.open(studio.server.output / run.files(kinds["SaveImage"])[0]))
