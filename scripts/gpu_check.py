@@ -5,9 +5,9 @@ numbers as JSON.
     .venv/bin/python scripts/gpu_check.py --cpu --small      that the checks themselves run
     .venv/bin/python scripts/gpu_check.py generate attention --json numbers.json
 
-Runs in a git checkout and needs no downloads: weights are random, of the released shapes, made on the spot (--small: a few MB). At the released sizes
-they take up to 40 GB of the folder for temporary files (TMPDIR names another). A check that fails says why, and the others go
-on; the exit code is 1 then. COMFYUI_DIR names the host.
+Runs in a git checkout and needs no downloads: weights are random, of the released shapes, made on the spot (--small: a few
+MB). At the released sizes they take up to 40 GB of the folder for temporary files (TMPDIR names another). A check that fails
+says why, and the others go on; the exit code is 1 then. COMFYUI_DIR names the host.
 """
 
 from __future__ import annotations
