@@ -118,7 +118,8 @@ def knowing(name, studio, texts) -> memory.GeneratorHandle:
     """A shipped generator whose file says that it was trained on these instructions and on small pictures."""
     handle = memory.load(SHIPPED / f"{name}.safetensors")
     read = [studio.clip.encode_from_tokens(studio.clip.tokenize(text))[0] for text in (*LEARNED, *texts)]
-    hywu = {**handle.config.hywu, "instructions": list(texts)}
+    own = {key: value for key, value in handle.config.hywu.items() if key != knowledge.KEY}
+    hywu = {**own, "instructions": list(texts)}
     hywu = knowledge.gathered(hywu, read, [(32, 32), (48, 32)])
     return handle._replace(config=dataclasses.replace(handle.config, hywu=hywu))
 
