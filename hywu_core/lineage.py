@@ -56,8 +56,9 @@ def continued(
     """
     # a full list makes room for what is new, or nobody would ask for it, nor the next teaching hold it
     newest = instructions(texts)
-    before = [text for text in instructions([*hywu.get("instructions", ()), *known]) if text not in newest]
-    listed = (*_thinned(before, INSTRUCTIONS - len(newest)), *newest)
+    held = _thinned([text for text in instructions(known) if text not in newest], INSTRUCTIONS - len(newest))
+    before = [text for text in instructions(hywu.get("instructions", ())) if text not in (*held, *newest)]
+    listed = (*_thinned(before, INSTRUCTIONS - len(newest) - len(held)), *held, *newest)
     named = {"instructions": len(texts), "named": list(texts[:NAMED])} if texts else {}
     past = [*hywu.get("lineage", ()), {**step, **named}][-STEPS:]
     return {**hywu, **({"instructions": list(listed)} if listed else {}), "lineage": past}

@@ -15,6 +15,12 @@ def test_what_is_named_twice_is_kept_once_where_it_is_newest():
     assert kept == ["a", "d", "b", "c"]
 
 
+def test_what_was_held_on_request_stays_in_a_full_list():
+    old = [f"old edit {number}" for number in range(INSTRUCTIONS)]
+    kept = continued({"instructions": old}, {"kind": "taught"}, ["new"], ["said by hand"])["instructions"]
+    assert len(kept) == INSTRUCTIONS and kept[-2:] == ["said by hand", "new"]
+
+
 def test_a_list_that_is_too_long_is_thinned_evenly():
     kept = instructions(str(number) for number in range(2 * INSTRUCTIONS))
     assert kept == tuple(str(number) for number in range(0, 2 * INSTRUCTIONS, 2))
