@@ -125,7 +125,8 @@ def test_two_processes_equal_one_on_the_same_global_batch(tmp_path):
     assert "2 processes" in said[0] and not said[1].count("saved")
     run(tmp_path, batch=4, output=str(tmp_path / "one"))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    # sums are shared out otherwise, and Adam makes more of the rounding where a gradient is small
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 5e-5
     untrained = Generator(load_generator(tmp_path / "one" / GENERATOR).config).initialize(0)
     assert not torch.equal(one["hidden_in.weight"], untrained.hidden_in.weight)
     for name in (LOG, VALIDATION):
