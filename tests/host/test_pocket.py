@@ -14,6 +14,7 @@ import torch
 
 from hywu_core.bases import pocket
 from hywu_core.bases.pocket import editor, text
+from hywu_core.bases.pocket.clip import FIRST_WORD, START
 from hywu_core.errors import CheckpointError
 
 
@@ -131,7 +132,7 @@ def test_words_are_tokens_and_other_words_are_spelled(loaded):
     (section,) = clip.tokenize("Make it warmer, zyzzyva é")["pocket"]
     ids = [token for token, _ in section]
     words = clip.tokenizer.pocket.tokenizer
-    assert len(ids) == 32 and ids[0] == text.START
+    assert len(ids) == 32 and ids[0] == START
     assert ids[1:4] == [words.words[word] for word in ("make", "it", "warmer")]
     assert words.decode(ids) == "make it warmer , zyzzyva é"
 
@@ -213,9 +214,9 @@ def test_a_table_of_words_keeps_its_numbers_to_a_byte(tmp_path):
     path = pocket.save_text_encoder(state, config, tmp_path / "words.safetensors")
     clip = pocket.load_text_encoder(path)
     kept = clip.cond_stage_model.pocket.transformer.state_dict()[text.TABLE]
-    assert kept.shape == (text.FIRST_WORD + 2, 56)
+    assert kept.shape == (FIRST_WORD + 2, 56)
     torch.testing.assert_close(kept, state[text.TABLE], rtol=0, atol=float(state[text.TABLE].abs().max()) / 254 + 1e-6)
-    assert clip.tokenizer.pocket.tokenizer.read("wram") == text.FIRST_WORD + 1
+    assert clip.tokenizer.pocket.tokenizer.read("wram") == FIRST_WORD + 1
 
 
 def test_the_same_seed_gives_the_same_weights():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,8 +20,6 @@ from pathlib import Path
 from string import ascii_lowercase
 
 import comfy.sd
-import comfy.sd1_clip
-import comfy.supported_models_base
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,14 +27,10 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ...files.safetensors import open_safetensors, write_safetensors
 from ...files.text import parse_json
+from .clip import FIRST_BYTE, FIRST_WORD, Network, Vocabulary, clip_of
 
 CONFIG_KEY = "pocket_words_config"  # of the file's metadata
 WORDS_KEY = "pocket_words"
-NAME = "pocket"  # of the encoder inside the host's CLIP
-PAD, START, END = 0, 1, 2
-FIRST_BYTE = 3  # 256 byte tokens follow, then the words
-FIRST_WORD = FIRST_BYTE + 256
-WORD = re.compile(r"[a-z]+|[^\sa-z]+")
 SHORTEST_MISTYPED = 4  # letters; shorter words have too many neighbours
 TABLE, CODES, SCALES = "token_embedding.weight", "token_embedding.codes", "token_embedding.scales"
 
@@ -72,25 +65,8 @@ class TextConfig:
         return self.width - self.before
 
 
-class Vocabulary:
-    """Text to token ids and back, in the shape that the host's `SDTokenizer` expects of a tokenizer class."""
-
-    def __init__(self, words: tuple[str, ...]):
-        self.words = {word: FIRST_WORD + index for index, word in enumerate(words)}
-        self.texts = {token: word for word, token in self.words.items()}
-
-    @classmethod
-    def from_pretrained(cls, words: tuple[str, ...]) -> Vocabulary:
-        """How the host's `SDTokenizer` makes its tokenizer."""
-        return cls(words)
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        ids = [START]
-        for word in WORD.findall(text.lower()):
-            known = self.read(word)
-            spelled = (FIRST_BYTE + byte for byte in f" {word}".encode())  # the space keeps neighbours apart
-            ids += spelled if known is None else [known]
-        return {"input_ids": [*ids, END]}
+class MendingVocabulary(Vocabulary):
+    """Reads a mistyped word as the one that was meant."""
 
     def read(self, word: str) -> int | None:
         """The token of a word, or of the word that was meant; None if no word is one typing error away."""
@@ -98,24 +74,6 @@ class Vocabulary:
             return self.words.get(word)
         meant = (self.words[near] for near in _one_error_away(word) if near in self.words)
         return min(meant, default=None)
-
-    def get_vocab(self) -> dict[str, int]:
-        special = {"<pad>": PAD, "<start>": START, "<end>": END}
-        return special | {f"<0x{byte:02X}>": FIRST_BYTE + byte for byte in range(256)} | self.words
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Words and spelled bytes back to text; the spaces between words are normalised."""
-        parts, spelled = [], bytearray()
-        for token in [*token_ids, END]:
-            if FIRST_BYTE <= token < FIRST_WORD:
-                spelled.append(token - FIRST_BYTE)
-                continue
-            if spelled:
-                parts.append(spelled.decode("utf-8", errors="replace").strip())
-                spelled = bytearray()
-            if token in self.texts:
-                parts.append(self.texts[token])
-        return " ".join(parts)
 
 
 def _one_error_away(word: str) -> Iterator[str]:
@@ -203,20 +161,10 @@ def save_text_encoder(
 
 def text_encoder_from_state(state: dict[str, Tensor], config: TextConfig, disable_dynamic: bool = False):
     """Wrap weights as a stock CLIP under the host's memory management."""
-    expected = _transformer(config).state_dict()
-    wrong = sorted(state.keys() ^ expected.keys())
-    wrong += [name for name in state.keys() & expected.keys() if state[name].shape != expected[name].shape]
-    if wrong:
-        raise CheckpointError(f"These are not the weights of this text encoder; they differ in {', '.join(wrong[:8])}.")
-    target = comfy.supported_models_base.ClipTarget(partial(_tokenizer, config), partial(_encoder, config))
-    parameters = sum(tensor.numel() for tensor in state.values())
-    return comfy.sd.CLIP(
-        target,
-        parameters=parameters,
-        state_dict=[dict(state)],
-        model_options={"dtype": torch.float32},  # a few megabytes: nothing to gain from the host's float16
-        disable_dynamic=disable_dynamic,
+    network = Network(
+        partial(WordTable, config), config.words, config.max_length, config.table_width, MendingVocabulary
     )
+    return clip_of(network, state, disable_dynamic)
 
 
 def initial_state(config: TextConfig, seed: int) -> dict[str, Tensor]:
@@ -229,40 +177,3 @@ def initial_state(config: TextConfig, seed: int) -> dict[str, Tensor]:
 
 def _load_patcher(path: str, disable_dynamic: bool = False):
     return load_text_encoder(path, disable_dynamic).patcher
-
-
-def _transformer(config: TextConfig) -> WordTable:
-    """Without weights, of torch's own layers: under dynamic VRAM the host's have no shapes before they are loaded."""
-    return WordTable(config, torch.float32, "meta", torch.nn)
-
-
-def _tokenizer(config: TextConfig, embedding_directory=None, tokenizer_data=None):
-    return comfy.sd1_clip.SD1Tokenizer(
-        embedding_directory, tokenizer_data or {}, name=NAME, tokenizer=partial(_section_tokenizer, config)
-    )
-
-
-def _section_tokenizer(config: TextConfig, embedding_directory=None, tokenizer_data=None):
-    return comfy.sd1_clip.SDTokenizer(
-        tokenizer_path=config.words,
-        tokenizer_class=Vocabulary,
-        max_length=config.max_length,
-        pad_with_end=False,
-        pad_token=PAD,
-        embedding_directory=embedding_directory,
-        embedding_size=config.table_width,
-        embedding_key=NAME,
-        tokenizer_data=tokenizer_data or {},
-    )
-
-
-def _encoder(config: TextConfig, device="cpu", dtype=None, model_options=None):
-    section = partial(
-        comfy.sd1_clip.SDClipModel,
-        max_length=config.max_length,
-        textmodel_json_config={},
-        model_class=lambda _json, dtype, device, operations: WordTable(config, dtype, device, operations),
-        special_tokens={"start": START, "end": END, "pad": PAD},
-        enable_attention_masks=True,
-    )
-    return comfy.sd1_clip.SD1ClipModel(device, dtype, model_options or {}, name=NAME, clip_model=section)
