@@ -36,8 +36,9 @@ from hywu_core.training import FullFineTuning, GeneratorTrainable, SharedLora, S
 from hywu_core.training.trainable import leaves  # noqa: E402
 from study import bases, methods, pictures  # noqa: E402
 from study.edits import BASE_EDITS, SUITES, Edit  # noqa: E402
+from study.foreign import leaving  # noqa: E402
 from study.task import EditingTask, MixedSizes, Regime, Words, encode_words  # noqa: E402
-from study.wordings import leaving, worded  # noqa: E402
+from study.wordings import worded  # noqa: E402
 
 SAVE_EVERY = 50
 PICTURES = "tiles/train.webp: Noto Emoji (Apache-2.0), public-domain photographs"

@@ -18,8 +18,9 @@ from hywu_core.generator import Generator
 from . import pictures
 from .edits import BASE_EDITS, SUITES, Edit
 from .evaluation import chunks, edited, score, write
+from .foreign import foreign
 from .task import Case, EditingTask, Regime
-from .wordings import foreign, held_out, trained
+from .wordings import held_out, trained
 
 SIZES = ((32, 32), (64, 64), (128, 128), (192, 192), (64, 192), (128, 96))
 COPIES = {32: 32, 64: 16, 128: 8, 192: 4}  # longer side in pixels: how many pictures

@@ -8,7 +8,7 @@ import torch
 
 from hywu_core import load_generator
 from hywu_core.bases import pocket
-from study import bases, edits, evaluation, methods, pictures, reading, wordings
+from study import bases, edits, evaluation, foreign, methods, pictures, reading, wordings
 from study.task import EditingTask, MixedSizes, encode_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,10 +37,10 @@ def test_no_two_edits_are_asked_for_in_the_same_words():
 
 
 def test_foreign_sentences_of_the_test_are_not_trained_on():
-    known, new = wordings.foreign(), wordings.foreign(trained_on=False)
+    known, new = foreign.foreign(), foreign.foreign(trained_on=False)
     assert "" in known and len(known) > 400 and len(new) > 200
     assert not set(known) & set(new)
-    suite = wordings.leaving()
+    suite = foreign.leaving()
     assert {text for edit in suite for text in edit.wordings} == set(known)
     assert not set(known) & {text for edit in ALL if edit.name != "copy" for text in wordings.trained(edit)}
 
