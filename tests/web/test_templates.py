@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 RUN_SECONDS = 400  # on a machine that is busy
 # what is not there under the frontend's own addresses; sizes of models that it asks the hub for, which this server forbids
-# nor what a frontend says of the graph that it was still opening by itself on a slow machine
-NOT_OURS = ("Failed to load resource", "https://huggingface.co/", "LGraph reference that was null")
+NOT_OURS = ("Failed to load resource", "https://huggingface.co/")
 OPEN = """name => fetch(`/api/workflow_templates/hywu/${name}.json`).then(answer => answer.json())
     .then(workflow => app.loadGraphData(workflow, true, true, name, {openSource: 'template'}))"""
 BOXES = """app.graph.nodes.map(node => ({id: String(node.id), type: node.type,
