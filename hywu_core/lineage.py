@@ -57,7 +57,8 @@ def continued(
     # a full list makes room for what is new, or nobody would ask for it, nor the next teaching hold it
     newest = instructions(texts)
     held = _thinned([text for text in instructions(known) if text not in newest], INSTRUCTIONS - len(newest))
-    before = [text for text in instructions(hywu.get("instructions", ())) if text not in (*held, *newest)]
+    kept = {*held, *newest}
+    before = [text for text in instructions(hywu.get("instructions", ())) if text not in kept]
     listed = (*_thinned(before, INSTRUCTIONS - len(newest) - len(held)), *held, *newest)
     named = {"instructions": len(texts), "named": list(texts[:NAMED])} if texts else {}
     past = [*hywu.get("lineage", ()), {**step, **named}][-STEPS:]

@@ -15,7 +15,7 @@ class HYWULoadPocketEditor(io.ComfyNode):
             search_aliases=["tiny model", "test model", "demo", "pixel space", "image editing"],
             description="Loads the tiny editing model that ships with this pack: a 2.5-million-parameter Flux in pixel "
             "space with its text encoder. It runs on a CPU in a second and needs no download, so that every HY-WU node can "
-            "be tried at once. It takes small pictures of any shape, 64 to 192 pixels a side.",
+            "be tried at once. It takes small pictures of any shape, best 64 to 128 pixels a side.",
             outputs=[
                 io.Model.Output(
                     "model", tooltip="The editing model, for Apply Instance LoRA or straight for KSampler."

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 bash "$ROOT/scripts/setup.sh"
 "$(host_python)" "$ROOT/scripts/demo.py" --host "$HOST_DIR" --python "$(host_python)" --pack "$PACK_NAME" "$@"
 export COMFYUI_DIR="$HOST_DIR"
-echo "demo: teaching a new edit from eight pairs, about three minutes"
+echo "demo: teaching a new edit from eight pairs, a few minutes"
 pairs="$ROOT/out/demo/sepia" taught="$ROOT/out/demo/taught"
 "$(host_python)" "$ROOT/scripts/make_pocket_pairs.py" --edits sepia --count 8 --out "$pairs"
 "$(host_python)" "$ROOT/scripts/teach.py" --cpu --pocket --generator "$ROOT/models/pocket-generator.safetensors" \
