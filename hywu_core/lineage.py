@@ -41,7 +41,7 @@ def check(hywu: Mapping[str, Any]) -> None:
 def instructions(texts: Iterable[str]) -> tuple[str, ...]:
     """Texts as a file keeps them: stripped, each once, in their order, none empty, no more than may be."""
     found = [text.strip()[:CHARACTERS].rstrip() for text in texts]
-    return _thinned(list(dict.fromkeys(text for text in found if text)), INSTRUCTIONS)
+    return thinned(list(dict.fromkeys(text for text in found if text)), INSTRUCTIONS)
 
 
 def continued(
@@ -56,17 +56,19 @@ def continued(
     """
     # a full list makes room for what is new, or nobody would ask for it, nor the next teaching hold it
     newest = instructions(texts)
-    held = _thinned([text for text in instructions(known) if text not in newest], INSTRUCTIONS - len(newest))
+    held = thinned([text for text in instructions(known) if text not in newest], INSTRUCTIONS - len(newest))
     kept = {*held, *newest}
     before = [text for text in instructions(hywu.get("instructions", ())) if text not in kept]
-    listed = (*_thinned(before, INSTRUCTIONS - len(newest) - len(held)), *held, *newest)
-    named = {"instructions": len(texts), "named": list(texts[:NAMED])} if texts else {}
+    listed = (*thinned(before, INSTRUCTIONS - len(newest) - len(held)), *held, *newest)
+    named = {"instructions": len(texts), "named": list(thinned(texts, NAMED))} if texts else {}
     past = [*hywu.get("lineage", ()), {**step, **named}][-STEPS:]
     return {**hywu, **({"instructions": list(listed)} if listed else {}), "lineage": past}
 
 
-def _thinned(texts: Sequence[str], most: int) -> tuple[str, ...]:
-    """Some from all parts of a list that is too long."""
+def thinned(texts: Sequence[str], most: int) -> tuple[str, ...]:
+    """A list, or as many as may be from all parts of it: instructions stand edit by edit, so the first ones may all ask for
+    the same.
+    """
     count = min(len(texts), most)
     return tuple(texts[place * len(texts) // count] for place in range(count))
 

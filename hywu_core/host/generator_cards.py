@@ -13,6 +13,7 @@ import torch
 from .. import knowledge
 from ..condition import REFERENCE_LATENT, Condition, assemble, text_of
 from ..layout import lora_elements
+from ..lineage import thinned
 from ..lora import InstanceLora
 from ..messages import Message, listed
 from ..plan import parameters, plan
@@ -126,7 +127,7 @@ def strange(handle: GeneratorHandle, condition: Condition) -> list[Message]:
             )
         )
     elif tokens is not None and knowledge.unknown(hywu, tokens):
-        notices.append(_unlike("; ".join(hywu.get("instructions", ())[:NAMED])))
+        notices.append(_unlike("; ".join(thinned(hywu.get("instructions", ()), NAMED))))
     for part in condition.parts:
         if part.kind == REFERENCE_LATENT:
             width, height = knowledge.picture_size(hywu, *part.tokens.shape[-2:])
@@ -179,7 +180,7 @@ def _knows(handle: GeneratorHandle) -> list[tuple[str, str]]:
 def _instructions(texts: Sequence[str]) -> str:
     if not texts:
         return Message("its file names no instructions")
-    named, more = "; ".join(texts[:NAMED]), len(texts) - NAMED
+    named, more = "; ".join(thinned(texts, NAMED)), len(texts) - NAMED
     return Message("{names} and {count} more", names=named, count=more) if more > 0 else named
 
 

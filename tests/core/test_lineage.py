@@ -24,3 +24,11 @@ def test_what_was_held_on_request_stays_in_a_full_list():
 def test_a_list_that_is_too_long_is_thinned_evenly():
     kept = instructions(str(number) for number in range(2 * INSTRUCTIONS))
     assert kept == tuple(str(number) for number in range(0, 2 * INSTRUCTIONS, 2))
+
+
+def test_a_step_names_instructions_of_all_its_edits():
+    texts = [f"edit {number // 20}, wording {number % 20}" for number in range(160)]
+    (step,) = continued({}, {"kind": "trained"}, texts)["lineage"]
+    assert step["instructions"] == 160 and {text.partition(",")[0] for text in step["named"]} == {
+        f"edit {n}" for n in range(8)
+    }

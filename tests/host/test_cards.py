@@ -2,15 +2,18 @@
 
 import json
 import logging
+from pathlib import Path
 
 import families
 import pytest
 import torch
 
 from hywu_core import InstanceLora, LoraFactor
-from hywu_core.host import cards, told
+from hywu_core.host import cards, generator_cards, memory, told
 from hywu_core.host.lora import apply, lora_cards
 from hywu_core.messages import Message
+
+SHIPPED = Path(__file__).resolve().parents[2] / "models"
 
 
 def strict(value):
@@ -80,3 +83,13 @@ def test_a_lora_that_does_not_say_what_it_was_made_from_is_not_watched():
     model = families.flux().model.clone()
     told.watch(model, InstanceLora({}), None, cards.Card(""))
     assert not model.get_wrappers(told.WrappersMP.APPLY_MODEL, told.KEY)
+
+
+@pytest.mark.parametrize("suffix", ["", "-told"])
+def test_what_a_generator_knows_is_named_from_all_of_its_edits(suffix):
+    """The files that ship list dozens of wordings of one edit before those of the next."""
+    handle = memory.load(SHIPPED / f"pocket-generator{suffix}.safetensors")
+    named = dict(generator_cards.loaded(handle).rows)["Knows"].rpartition(" and ")[0].split("; ")
+    known = handle.config.hywu["instructions"]
+    places = [known.index(text) for text in named]
+    assert len(named) == generator_cards.NAMED and places == sorted(places) and places[-1] > len(known) * 3 / 4
