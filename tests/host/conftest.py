@@ -52,3 +52,17 @@ def output(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "hywu", ([str(tmp_path / "hywu")], {".safetensors"}))
     return tmp_path
+
+
+@pytest.fixture
+def gen_2(fixtures_dir):
+    """The folder of a golden generator."""
+    return fixtures_dir / "gen_2"
+
+
+@pytest.fixture
+def golden(gen_2):
+    """What that generator reads and gives."""
+    from safetensors.torch import load_file
+
+    return load_file(gen_2 / "io.safetensors")

@@ -3,8 +3,6 @@
 Merge gives the stock loader's weights; bypass gives them or refuses by name; nothing differs in silence. -s shows counts.
 """
 
-import functools
-import math
 from collections import Counter
 
 import comfy.lora
@@ -13,28 +11,30 @@ import comfy.utils
 import families
 import pytest
 import torch
-from safetensors.torch import save_file
+from other_tools import (
+    KINDS,
+    PAIRS,
+    STRENGTH,
+    able,
+    bfl_control,
+    changed,
+    entries,
+    files,
+    low_rank,
+    model_of,
+    noise,
+    same_change,
+    stock,
+    uso,
+    wan_fun,
+)
 
-from hywu_core import InstanceLora, LoraError, LoraFactor, MatchError
-from hywu_core.files.lora_files import save_lora, to_state_dict
-from hywu_core.host.lora import charts, foreign, store
+from hywu_core import MatchError
+from hywu_core.files.lora_files import to_state_dict
+from hywu_core.host.lora import foreign
 from hywu_core.host.lora.apply import applied_loras, apply_lora, beside
 from hywu_core.host.lora.matching import canonical
 from hywu_core.host.model import layer_of
-from hywu_core.lora import blend, cosine
-
-STRENGTH = 0.7
-RANK = 3
-# {the end of the key of up: the end of the key of down}, as trainers write them
-PAIRS = {
-    ".lora_up.weight": ".lora_down.weight",
-    "_lora.up.weight": "_lora.down.weight",
-    ".lora_B.weight": ".lora_A.weight",
-    ".lora.up.weight": ".lora.down.weight",
-    ".lora_B": ".lora_A",
-    ".lora_linear_layer.up.weight": ".lora_linear_layer.down.weight",
-    ".lora_B.default.weight": ".lora_A.default.weight",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -43,177 +43,11 @@ def _no_grad():
         yield
 
 
-def model_of(name):
-    return (families.FAMILIES | families.UNETS)[name]().model
-
-
 @pytest.fixture(scope="module", params=["flux_double", "qwen_image", "z_image", "wan", "sd3", "sd15", "sdxl"])
 def model(request):
     with torch.inference_mode():
         yield model_of(request.param)
     entries.cache_clear()
-
-
-def noise(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(math.prod(shape))) * 0.1
-
-
-def low_rank(name, shape, up=".lora_up.weight", alpha=2.0):
-    """One pair for a weight of a shape; a convolution's down factor has its kernel."""
-    tail = (1,) * (len(shape) - 2)
-    state = {name + up: noise(shape[0], RANK, *tail), name + PAIRS[up]: noise(RANK, *shape[1:])}
-    return state | ({} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)})
-
-
-def loha(name, shape):
-    columns = math.prod(shape[1:])
-    ups, downs = ("hada_w1_a", "hada_w2_a"), ("hada_w1_b", "hada_w2_b")
-    state = {f"{name}.{key}": noise(shape[0], RANK) * 5 for key in ups}
-    return state | {f"{name}.{key}": noise(RANK, columns) * 5 for key in downs} | {f"{name}.alpha": torch.tensor(2.0)}
-
-
-def lokr(name, shape):
-    rows, columns = shape[0] // 2, math.prod(shape[1:]) // 2
-    if shape[0] % 2 or math.prod(shape[1:]) % 2 or len(shape) > 2:
-        return {}
-    return {f"{name}.lokr_w1": noise(2, 2) * 3, f"{name}.lokr_w2": noise(rows, columns) * 3}
-
-
-def lokr_factored(name, shape):
-    whole = lokr(name, shape)
-    if not whole:
-        return {}
-    parts = {f"{name}.lokr_w2_a": noise(shape[0] // 2, RANK), f"{name}.lokr_w2_b": noise(RANK, shape[1] // 2)}
-    return parts | {f"{name}.lokr_w1": noise(2, 2) * 3, f"{name}.alpha": torch.tensor(2.0)}
-
-
-def oft(name, shape):
-    return (
-        {} if shape[0] % 4 else {f"{name}.oft_blocks": noise(shape[0] // 4, 4, 4), f"{name}.alpha": torch.tensor(0.0)}
-    )
-
-
-def boft(name, shape):
-    return (
-        {}
-        if shape[0] % 4
-        else {f"{name}.oft_blocks": noise(1, shape[0] // 4, 4, 4), f"{name}.alpha": torch.tensor(0.0)}
-    )
-
-
-def glora(name, shape):
-    if len(shape) > 2:
-        return {}
-    rows, columns = shape
-    # the host takes square ones for an older format, so the older format it is there
-    new = {"a1": noise(columns, RANK), "a2": noise(RANK, columns), "b1": noise(rows, RANK), "b2": noise(RANK, columns)}
-    old = {"a1": noise(RANK, columns), "a2": noise(columns, RANK), "b1": noise(RANK, columns), "b2": noise(rows, RANK)}
-    return {f"{name}.{key}.weight": tensor for key, tensor in (old if rows == columns else new).items()}
-
-
-def dora(name, shape):
-    return low_rank(name, shape) | {f"{name}.dora_scale": noise(shape[0], *(1,) * (len(shape) - 1)).abs() + 0.5}
-
-
-def locon(name, shape):
-    if len(shape) != 4:
-        return {}
-    state = low_rank(name, (*shape[:2], 1, 1))
-    return state | {f"{name}.lora_mid.weight": noise(RANK, RANK, *shape[2:])}
-
-
-def with_bias(name, shape):
-    return low_rank(name, shape) | {f"{name}.diff_b": noise(shape[0])}
-
-
-def norm(name, shape):
-    return {f"{name}.w_norm": noise(*shape), f"{name}.b_norm": noise(*shape)} if len(shape) == 1 else {}
-
-
-def only(name, shape):
-    return {f"{name}.diff": noise(*shape)}
-
-
-def replaced(name, shape):
-    return {f"{name}.set_weight": noise(*shape)}
-
-
-# {kind: the state of one target}; a kind that a shape cannot have gives nothing
-KINDS = {
-    "LoHa": loha, "LoKr": lokr, "LoKr, factored": lokr_factored, "OFT": oft, "BOFT": boft, "GLoRA": glora, "DoRA": dora,
-    "LoCon with a middle factor": locon, "LoRA and bias": with_bias, "norm": norm, "difference": only,
-    "replacement": replaced,
-}  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1)
-def entries(model):
-    """{a name in the host's table: (key, offset, function, the shape of what it changes)} for what carries weights."""
-    weights, found = model.model.state_dict(), {}
-    for name, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
-        key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]
-        if key not in weights or not key.startswith("diffusion_model."):
-            continue
-        shape = list(weights[key].shape)
-        if offset is not None:
-            # the table's figures are those of real models: a slice of a tiny one may end beyond it
-            if offset[1] + offset[2] > shape[offset[0]]:
-                continue
-            shape[offset[0]] = offset[2]
-        if shape:
-            found[name] = (key, offset, function, tuple(shape))
-    return found
-
-
-def able(model, kind):
-    """The names whose weights a kind can change."""
-    of_any = kind in ("difference", "replacement")
-    found = entries(model).items()
-    if kind == "norm":
-        return {name for name, (key, *_) in found if key.endswith(".weight")}
-    return {name for name, (*_, shape) in found if len(shape) >= 2 or of_any}
-
-
-def files(model, make, names=None):
-    """States that hold every name of the table once; the stock loader keeps one of two names of a weight in a file."""
-    rounds: list[tuple[set, dict]] = []
-    for name, (key, offset, _, shape) in entries(model).items():
-        if names is not None and name not in names:
-            continue
-        state = make(name, shape)
-        place = (key, offset and offset[:2])
-        if state:
-            free = next((r for r in rounds if place not in r[0]), None)
-            if free is None:
-                rounds.append(free := (set(), {}))
-            free[0].add(place)
-            free[1].update(state)
-    return [state for _, state in rounds]
-
-
-def stock(model, state, strength=STRENGTH):
-    return comfy.sd.load_lora_for_models(model, None, dict(state), strength, 0)[0]
-
-
-def changed(patched, keys=None):
-    """{key: weight} of everything that a MODEL's patches change."""
-    weights = patched.model.state_dict()
-    keys = patched.patches if keys is None else keys
-    return {
-        key: comfy.lora.calculate_weight(patched.patches.get(key, []), weights[key].clone().float(), key)
-        for key in keys
-    }
-
-
-def same_change(model, found, expected):
-    """Whether two patched models have the same weights, to 1e-3 of what was changed. Most are the same to the bit."""
-    assert set(found.patches) == set(expected.patches)
-    ours, theirs, base = changed(found), changed(expected), model.model.state_dict()
-    for key, weight in theirs.items():
-        size = (weight - base[key]).norm()
-        assert size > 0, f"{key}: the LoRA must change the weight, or nothing was tested"
-        assert (ours[key] - weight).norm() <= 1e-3 * size, key
-    return sum(torch.equal(ours[key], theirs[key]) for key in theirs), len(theirs)
 
 
 @pytest.mark.parametrize("spelling", PAIRS)
@@ -297,46 +131,6 @@ def test_norms_that_diffusers_keeps_the_other_way_round():
     torch.testing.assert_close(changed(stock(model, to_state_dict(lora)))[key], expected)
 
 
-def bfl_control(model):
-    state = {}
-    for key, tensor in model.model.state_dict().items():
-        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
-        if key.endswith("_norm.weight"):
-            state[f"{name}.scale"] = noise(*tensor.shape)
-        elif tensor.ndim == 2:
-            state |= low_rank(name, tensor.shape, ".lora_B.weight", None) | {
-                f"{name}.lora_B.bias": noise(tensor.shape[0])
-            }
-    return state
-
-
-def uso(model):
-    state = {}
-    for index in range(19):
-        for which in ("qkv_lora1", "qkv_lora2", "proj_lora1", "proj_lora2"):
-            rows = 96 if "qkv" in which else 32
-            state[f"double_blocks.{index}.processor.{which}.down.weight"] = noise(RANK, 32)
-            state[f"double_blocks.{index}.processor.{which}.up.weight"] = noise(rows, RANK)
-    for index in range(38):
-        for which, rows, columns in (("qkv_lora", 96, 32), ("proj_lora", 32, 96)):
-            state[f"single_blocks.{index}.processor.{which}.down.weight"] = noise(RANK, columns)
-            state[f"single_blocks.{index}.processor.{which}.up.weight"] = noise(rows, RANK)
-    return state
-
-
-def wan_fun(model):
-    weights = model.model.state_dict()
-    names = {
-        f"lora_unet__{key[16:-7].replace('.', '_')}": tensor.shape
-        for key, tensor in weights.items()
-        if tensor.ndim == 2
-    }
-    state = {}
-    for name, shape in names.items():
-        state |= low_rank(name, shape)
-    return state
-
-
 CONVERTED = {
     "BFL control": (families.flux, bfl_control),
     "USO": (families.deep_flux, uso),
@@ -356,277 +150,3 @@ def test_files_that_the_host_converts(kind):
             exact, total = same_change(model, patched, stock(model, state))
             print(f"\n{kind}: {total} weights, {exact} exact, {matches}")
     same_change(model, stock(model, to_state_dict(foreign.read(state))), stock(model, state))
-
-
-def named(model, pattern):
-    """A state of every weight of two axes that the host's table has under a name that starts like this, one name for each."""
-    names = {name for name, (*_, shape) in entries(model).items() if name.startswith(pattern) and len(shape) == 2}
-    return files(model, low_rank, names)[0]
-
-
-TRAINERS = {
-    "kohya": ("flux_double", "lora_unet_double_blocks"),
-    "ai-toolkit": ("flux_double", "transformer.single_transformer_blocks"),
-    "diffusers": ("sd3", "transformer.transformer_blocks.0.attn"),
-    "musubi": ("qwen_image", "lora_unet_transformer_blocks"),
-    "peft": ("sd3", "base_model.model.transformer_blocks.1"),
-    "OneTrainer": ("flux_double", "lora_transformer_transformer_blocks"),
-    "lycoris": ("qwen_image", "lycoris_"),
-    "DiffSynth": ("flux_double", "single_transformer_blocks"),
-    "unet": ("sdxl", "unet."),
-    "Wan-Fun": ("wan", None),
-}
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("known", [False, True], ids=["without a model", "with a model"])
-def test_blended_and_saved_files_act_in_the_stock_loader_as_before(trainer, known, tmp_path):
-    family, pattern = TRAINERS[trainer]
-    model = model_of(family)
-    one = wan_fun(model) if pattern is None else named(model, pattern)
-    two = {key: -tensor if "up" in key or "lora_B" in key else tensor.flip(0) for key, tensor in one.items()}
-    loras = [foreign.read(state) for state in (one, two)]
-    if known:
-        loras = [canonical(lora, model.model) for lora in loras]
-        assert not any(lora.foreign for lora in loras)
-    file = save_lora(blend(loras, [0.8, 0.5]), tmp_path / "lora.safetensors")
-    back = stock(model, comfy.utils.load_torch_file(str(file)), 1.0)
-    expected = stock(stock(model, one, 0.8), two, 0.5)
-    same_change(model, back, expected)
-
-
-def test_two_spellings_of_one_layer_are_both_applied_and_become_one_with_a_model(tmp_path):
-    model = model_of("flux_double")
-    spelled = {
-        name: low_rank(name, (32, 32))
-        for name in ("lora_unet_double_blocks_0_img_attn_proj", "transformer.transformer_blocks.0.attn.to_out.0")
-    }
-    one, two = (foreign.read(state) for state in spelled.values())
-    mixed = blend([one, two], [1.0, 0.5])
-    expected = stock(stock(model, spelled[one.names[0]], STRENGTH), spelled[two.names[0]], STRENGTH / 2)
-    same_change(model, apply_lora(model, mixed, STRENGTH, "merge")[0], expected)
-    same_change(model, apply_lora(model, foreign.read(spelled[one.names[0]] | spelled[two.names[0]]), 1.0, "merge")[0],
-                stock(stock(model, spelled[one.names[0]], 1.0), spelled[two.names[0]], 1.0))  # fmt: skip
-    with pytest.raises(LoraError, match="mixes the spellings of several tools.*model input of each Load Instance LoRA"):
-        save_lora(mixed, tmp_path / "lora.safetensors")
-    with pytest.raises(LoraError, match="same targets can be compared.*Wire the base into Load Instance LoRA"):
-        cosine(one, two)
-    one, two = (canonical(lora, model.model) for lora in (one, two))
-    assert one.names == two.names == ("double_blocks.0.img_attn.proj",)
-    assert float(cosine(one, two)) == pytest.approx(1.0)
-    same_change(model, stock(model, to_state_dict(blend([one, two], [1.0, 0.5]))), expected)
-
-
-def test_slices_of_a_fused_weight_keep_the_bases_names():
-    model = model_of("flux_double")
-    state = {}
-    for part in ("to_q", "to_k", "to_v"):
-        state |= low_rank(f"transformer.transformer_blocks.1.attn.{part}", (32, 32), ".lora_B.weight")
-    lora = canonical(foreign.read(state), model.model)
-    assert lora.names == tuple(f"double_blocks.1.img_attn.qkv[{start}:{start + 32}/96]" for start in (0, 32, 64))
-    same_change(model, stock(model, to_state_dict(lora)), stock(model, state))
-    same_change(model, apply_lora(model, lora, STRENGTH, "merge")[0], stock(model, state))
-
-
-def test_blends_and_files_of_what_is_no_pair(tmp_path):
-    """The host's own trainer writes differences beside its pairs. They add up; what acts on a whole weight is refused."""
-    model = model_of("qwen_image")
-    first, second = (f"diffusion_model.transformer_blocks.{layer}.attn.to_q" for layer in range(2))
-    shape = (32, 32)
-    trained, other = with_bias(first, shape), with_bias(first, shape) | only(second, shape)
-    loras = [foreign.read(trained), foreign.read(other)]
-    mixed = blend(loras, [0.5, -2.0])
-    expected = stock(stock(model, trained, 0.5), other, -2.0)
-    same_change(model, apply_lora(model, mixed, 1.0, "merge")[0], expected)
-    file = save_lora(mixed, tmp_path / "lora.safetensors")
-    same_change(model, stock(model, comfy.utils.load_torch_file(str(file)), 1.0), expected)
-    for state in (dora(first, shape), loha(second, shape), replaced(second, shape)):
-        lora = foreign.read(state)
-        alone = save_lora(lora, tmp_path / "alone.safetensors")
-        same_change(model, stock(model, comfy.utils.load_torch_file(str(alone))), stock(model, state))
-        same_change(model, apply_lora(model, lora.scaled(0.5), STRENGTH, "merge")[0], stock(model, state, STRENGTH / 2))
-        with pytest.raises(LoraError, match="cannot hold it at another strength"):
-            save_lora(blend([lora, loras[0]], [0.5, 0.5]), tmp_path / "lora.safetensors")
-    with pytest.raises(LoraError, match="beside another change of the same weight"):
-        to_state_dict(blend([foreign.read(dora(first, shape)), loras[0]], [1.0, 1.0]))
-
-
-def test_values_are_exact_with_mixed_alphas_in_half_precision():
-    """A scale that is folded into sixteen bits would round each number of the factor."""
-    model = model_of("wan")
-    names = [
-        name
-        for name, (*_, shape) in entries(model).items()
-        if name.startswith("diffusion_model.blocks") and len(shape) == 2
-    ]
-    state = {}
-    for index, name in enumerate(names):
-        state |= low_rank(name, entries(model)[name][3], alpha=1.0 + 0.37 * index)
-    state = {key: tensor.bfloat16() for key, tensor in state.items()}
-    same_change(model, apply_lora(model, foreign.read(state), STRENGTH, "merge")[0], stock(model, state))
-    mixed = blend([foreign.read(state)] * 2, [0.3, 0.41])
-    same_change(model, apply_lora(model, mixed, 1.0, "merge")[0], stock(stock(model, state, 0.3), state, 0.41))
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_eight_bit_files_act_as_in_the_stock_loader(dtype, tmp_path):
-    model = model_of("flux_double")
-    state = {}
-    for index, name in enumerate(
-        ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_double_blocks_1_img_attn_proj")
-    ):
-        state |= low_rank(name, (32, 32), alpha=1.0 + index)
-    state = {key: tensor if key.endswith("alpha") else tensor.to(dtype) for key, tensor in state.items()}
-    lora = foreign.read(state)
-    expected = stock(model, state)
-    same_change(model, apply_lora(model, lora, STRENGTH, "merge")[0], expected)
-    file = save_lora(blend([lora, lora], [0.5, 0.5]), tmp_path / "lora.safetensors")
-    same_change(model, stock(model, comfy.utils.load_torch_file(str(file))), expected)
-
-
-def test_text_encoders_and_unknown_keys_are_said_once(caplog):
-    model = model_of("flux_double")
-    state = low_rank("lora_unet_double_blocks_0_img_attn_proj", (32, 32)) | low_rank("lora_te1_text_model_x", (8, 8))
-    state |= dora("lora_te1_text_model_y", (8, 8)) | {"lora_unet_nowhere.router": torch.ones(3), "step": torch.ones(1)}
-    lora = foreign.read(state)
-    assert sum("do nothing: lora_unet_nowhere.router and 1 more" in record.message for record in caplog.records) == 1
-    _, matches = apply_lora(model, lora, 1.0, "bypass")
-    assert str(matches) == "matched 1/1 targets; 2 of a text encoder, which is not part of a MODEL, left out"
-    with pytest.raises(MatchError, match="2 targets of a text encoder and none of a model"):
-        text = {key: tensor for key, tensor in state.items() if key.startswith("lora_te1")}
-        apply_lora(model, foreign.read(text), 1.0)
-
-
-def test_a_partial_match_warns(caplog):
-    model = model_of("flux_double")
-    state = low_rank("lora_unet_double_blocks_0_img_attn_proj", (32, 32)) | low_rank("lora_unet_other_layer", (32, 32))
-    state |= dora("lora_unet_third_layer", (32, 32))
-    apply_lora(model, foreign.read(state), 1.0)
-    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert warned == [
-        "HY-WU: matched 1/3 targets; not in this model: lora_unet_other_layer, lora_unet_third_layer (bypass)."
-    ]
-
-
-def test_a_base_respells_what_is_no_pair_and_leaves_out_what_it_does_not_have(caplog):
-    model = model_of("flux_double")
-    name = "lora_unet_double_blocks_0_img_attn_proj"
-    known = with_bias(name, (32, 32)) | dora("lora_unet_double_blocks_1_img_attn_proj", (32, 32))
-    text = low_rank("lora_te1_x", (8, 8)) | dora("lora_te1_y", (8, 8))
-    lora = canonical(foreign.read(known | text | dora("lora_unet_nowhere", (8, 8))), model.model)
-    state = to_state_dict(lora)
-    assert {key.split(".")[0] for key in state} == {"diffusion_model", "lora_te1_x", "lora_te1_y"}
-    same_change(model, stock(model, state), stock(model, known))
-    same_change(model, apply_lora(model, lora, STRENGTH, "merge")[0], stock(model, known))
-    assert sum("left out of a loaded LoRA: matched 2/3" in record.message for record in caplog.records) == 1
-
-
-def test_a_bias_that_the_host_cannot_place_is_named_and_its_pair_acts():
-    """The host's table has slices of fused weights, but not of their biases."""
-    model = model_of("flux_double")
-    state = with_bias("transformer.transformer_blocks.0.attn.to_q", (32, 32))
-    lora = foreign.read(state)
-    merged, matches = apply_lora(model, lora, STRENGTH, "merge")
-    assert matches.missing == ("transformer.transformer_blocks.0.attn.to_q (bias difference)",)
-    same_change(model, merged, stock(model, state))
-    assert canonical(lora, model.model).names == ("double_blocks.0.img_attn.qkv[0:32/96]",)
-
-
-def test_each_picture_of_a_batch_has_its_own_pairs_and_all_have_what_is_no_pair():
-    flux = families.flux()
-    model = flux.model
-    state = {"diffusion_model.double_blocks.0.img_attn.proj.diff_b": noise(32) * 9}
-    several = families.random_lora(flux, seed=5, batch=2)
-    patched, matches = apply_lora(model, blend([several, foreign.read(state)], [1.0, 1.0]), 1.0, "auto")
-    assert matches.kinds == "1 x bias difference (double_blocks.0.img_attn.proj)"
-    expected, _ = apply_lora(stock(model, state, 1.0), several, 1.0, "bypass")
-    found, wanted = (families.sample(flux, one, batch=2) for one in (patched, expected))
-    assert (found - wanted).norm() < 1e-5 * wanted.norm()
-    convolution = "diffusion_model.middle_block.0.in_layers.2"
-    lora = foreign.read(low_rank(convolution, (64, 64, 3, 3)))
-    twice = lora.map(lambda pair: LoraFactor(*(torch.cat((factor, factor)) for factor in pair)))
-    for mode in ("auto", "merge"):
-        with pytest.raises(MatchError, match="in_layers.2 is no linear layer.*holds 2 instances. Choose one instance"):
-            apply_lora(model_of("sd15"), twice, 1.0, mode)
-
-
-def test_banks_of_experts_are_said_to_be_ignored_by_the_host(caplog):
-    """Its loader has no key for a part of a bank; what it loads is the rest."""
-    bank = LoraFactor(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 6, 4))
-    attention = LoraFactor(torch.ones(1, 4, 32), torch.ones(1, 32, 4))
-    lora = InstanceLora({"double_blocks.0.img_attn.proj": attention, "m.experts.w1": bank, "m.experts.w2": bank})
-    said = "2 of 3 targets are banks of experts, for which ComfyUI's own LoRA loader has no key"
-    assert said in store.remarks(lora, "stock")
-    state = store.for_the_host(lora)
-    assert sum(said in record.message for record in caplog.records) == 1
-    assert len(stock(model_of("flux_double"), state).patches) == 1
-    assert len(foreign.read(state).names) == 3
-    caplog.clear()
-    store.for_the_host(families.random_lora(families.flux(), 1))
-    assert not caplog.records
-
-
-def test_what_has_no_pairs_cannot_be_measured():
-    lora = foreign.read(dora("lora_unet_a", (8, 8)))
-    with pytest.raises(LoraError, match="holds only lora_unet_a.lora_up.weight and the like: no pairs"):
-        charts.norms_by_layer(lora)
-    with pytest.raises(LoraError, match="no pairs of low-rank factors"):
-        charts.cosines([lora, lora])
-    assert store.beside_the_pairs([lora]) == "\nnot counted: 4 tensors that are no pairs of low-rank factors"
-
-
-def test_files_that_are_no_lora(tmp_path, monkeypatch):
-    monkeypatch.setattr(store.folder_paths, "get_full_path_or_raise", lambda folder, name: str(tmp_path / name))
-    states = {
-        "empty": ({}, "no LoRA weights here that ComfyUI knows. The file is empty"),
-        "checkpoint": ({"a.weight": torch.ones(4, 4)}, "The first key is a.weight.*a checkpoint belongs"),
-        "half": ({"a.lora_down.weight": torch.ones(4, 4)}, "a.lora_down.weight has no partner"),
-        "other half": ({"a.lora_up.weight": torch.ones(4, 4)}, "lacks a.lora_down.weight; it is incomplete"),
-        "alphas": (low_rank("a", (8, 8), alpha=None) | {"a.alpha": torch.ones(2)}, "damaged, or not a LoRA"),
-        "NaN": (only("a", (8, 8)) | {"b.diff": torch.tensor([float("nan")])}, "b.diff of the LoRA holds NaN"),
-        "rank 0": (
-            {"a.lora_up.weight": torch.ones(8, 0), "a.lora_down.weight": torch.ones(0, 8)}, r"\(1, 0, 8\).*do not fit"
-        ),
-        "LoHa without its half": ({"a.hada_w1_a": torch.ones(4, 4)}, "lacks a.hada_w1_b; it is incomplete"),
-        "one axis": ({"a.lora_up.weight": torch.ones(8), "a.lora_down.weight": torch.ones(8)}, r"expected \(r, in\)"),
-    }  # fmt: skip
-    for name, (state, message) in states.items():
-        save_file(state, tmp_path / f"{name}.safetensors")
-        with pytest.raises(LoraError, match=message) as refused:
-            store.load(f"{name}.safetensors")
-        assert str(tmp_path / f"{name}.safetensors") in str(refused.value)
-        with pytest.raises(LoraError, match=message):
-            store.as_instance_lora(state)
-
-
-def test_a_convolution_of_another_size_is_refused():
-    model = model_of("sd15")
-    name = "lora_unet_input_blocks_0_0"
-    with pytest.raises(MatchError, match=rf"{name}.*\(7, 36\).*\(32, 4, 3, 3\)"):
-        apply_lora(model, foreign.read(low_rank(name, (7, 4, 3, 3))), 1.0, "merge")
-
-
-def test_a_picture_from_a_file_of_the_hosts_trainer(tmp_path):
-    """Pairs beside the layers, differences in the weights: the mode auto gives the stock loader's picture."""
-    flux = families.flux()
-    state = {}
-    for name, (key, *_, shape) in entries(flux.model).items():
-        if name.startswith("diffusion_model.double_blocks") and key.endswith(".weight"):
-            state |= with_bias(name, shape) if len(shape) == 2 else only(name, shape)
-    expected = families.sample(flux, stock(flux.model, state))
-    patched, matches = apply_lora(flux.model, foreign.read(state), STRENGTH, "auto")
-    assert applied_loras(patched) and "merged" in matches.how and not matches.missing
-    found = families.sample(flux, patched)
-    assert (found - expected).norm() < 1e-4 * (expected - families.sample(flux, flux.model)).norm()
-    with pytest.raises(MatchError, match="Let it act from 0 to 1"):
-        apply_lora(flux.model, foreign.read(state), STRENGTH, "auto", 0.0, 0.5)
-
-
-def test_it_stays_a_value():
-    lora = foreign.read(with_bias("lora_unet_a_b", (8, 8)) | dora("lora_unet_c", (8, 8)))
-    assert lora.names == lora.foreign == ("lora_unet_a_b",) and len(lora.parts) == 1
-    half = lora.scaled(0.5).with_metadata(note=1).to(dtype=torch.float16).select(0)
-    assert half.parts[0].strength == 0.5 and half.foreign == lora.foreign and lora.parts[0].strength == 1
-    assert isinstance(half.parts[0], tuple) and half.elements == lora.elements
-    same = InstanceLora({"lora_unet_a_b": LoraFactor(*lora.pairs[0])})
-    assert not same.foreign and not same.parts

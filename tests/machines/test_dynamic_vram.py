@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # what loads, generates and applies. Training is in files of its own, and the long tail of one feature is left out.
 AGAIN = (
     "tests/host/test_generators.py",
+    "tests/host/test_generators_on_disk.py",
     "tests/host/test_pocket.py",
     "tests/host/test_apply.py",
     "tests/host/test_hunyuan_files.py",
