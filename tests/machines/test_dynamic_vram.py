@@ -40,9 +40,7 @@ LEFT_OUT = (
         lambda: files.official_shapes(files.BaseConfig.read(tiny.FIXTURES / "base_tiny")),
         lambda: files.decoder_shapes(files.BaseConfig.read(tiny.FIXTURES / "base_tiny")),
         lambda: editor._shapes(editor.EditorConfig()),
-        lambda: {
-            name: tuple(t.shape) for name, t in text._transformer(text.TextConfig(("a", "b"))).state_dict().items()
-        },
+        text.network_of(text.TextConfig(("a", "b"))).shapes,
     ],
     ids=["hunyuan", "decoder", "pocket editor", "pocket text"],
 )

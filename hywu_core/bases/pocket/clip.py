@@ -79,6 +79,12 @@ class Network(NamedTuple):
     width: int  # of an embedded token
     vocabulary: type[Vocabulary] = Vocabulary
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight by its name."""
+        # of torch's own layers: under dynamic VRAM the host's have no shapes before they are loaded
+        state = self.make(torch.float32, "meta", torch.nn).state_dict()
+        return {name: tuple(weight.shape) for name, weight in state.items()}
+
 
 def clip_of(network: Network, state: dict[str, Tensor], disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A network with its weights under the host's memory management.
@@ -86,10 +92,9 @@ def clip_of(network: Network, state: dict[str, Tensor], disable_dynamic: bool = 
     Raises:
         CheckpointError: for weights that are not the network's.
     """
-    # of torch's own layers: under dynamic VRAM the host's have no shapes before they are loaded
-    expected = network.make(torch.float32, "meta", torch.nn).state_dict()
+    expected = network.shapes()
     wrong = sorted(state.keys() ^ expected.keys())
-    wrong += [name for name in state.keys() & expected.keys() if state[name].shape != expected[name].shape]
+    wrong += [name for name in state.keys() & expected.keys() if tuple(state[name].shape) != expected[name]]
     if wrong:
         raise CheckpointError(f"These are not the weights of this text encoder; they differ in {', '.join(wrong[:8])}.")
     target = comfy.supported_models_base.ClipTarget(partial(_tokenizer, network), partial(_encoder, network))

@@ -161,10 +161,12 @@ def save_text_encoder(
 
 def text_encoder_from_state(state: dict[str, Tensor], config: TextConfig, disable_dynamic: bool = False):
     """Wrap weights as a stock CLIP under the host's memory management."""
-    network = Network(
-        partial(WordTable, config), config.words, config.max_length, config.table_width, MendingVocabulary
-    )
-    return clip_of(network, state, disable_dynamic)
+    return clip_of(network_of(config), state, disable_dynamic)
+
+
+def network_of(config: TextConfig) -> Network:
+    """What encodes with this configuration, and what it reads."""
+    return Network(partial(WordTable, config), config.words, config.max_length, config.table_width, MendingVocabulary)
 
 
 def initial_state(config: TextConfig, seed: int) -> dict[str, Tensor]:
