@@ -3,7 +3,7 @@ validation split, the result reported on the test split over several seeds.
 
     .venv/bin/python scripts/sweep_pocket.py [--workers 2] [--settings blind-eight ...] [--work out/sweep]
 
-Takes hours. Resumable: every finished run is a file in --work, and what is there is not run again. The results go into
+Takes hours. Resumable: every finished run is a file in --work, and what is there is not run again. Results are added to
 results/pocket.json, from which scripts/evaluate_pocket.py makes the table of docs/evidence.md.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from in_host import ROOT, enter_host, hurry
 
 RESULTS = ROOT / "results" / "pocket.json"
 SETTINGS = ("blind-eight", "told-eight", "told-instance", "told-sixteen")
-RATES = (5e-4, 2e-3, 8e-3, 3e-2)
+RATES = (1.25e-4, 5e-4, 2e-3, 8e-3, 3e-2)
 SEEDS = (0, 1, 2)
 MATCHED = ("shared_x4", "full")  # given as much time as the generator took, too
 
@@ -31,6 +32,22 @@ class Lengths(NamedTuple):
 
     grid: int
     final: int
+
+
+class Wanted(NamedTuple):
+    """What a call of this script is to find out about a setting."""
+
+    base: str
+    methods: Sequence[str]
+    rates: Sequence[float]
+    lengths: Lengths
+    out: Path
+
+    def name(self, setting: str) -> str:
+        """A setting's name in the results: those of the first editor are named by nothing else."""
+        from study.bases import FIRST
+
+        return setting if self.base == FIRST else f"{self.base}-{setting}"
 
 
 def start_worker() -> None:
@@ -60,50 +77,61 @@ def base_of(work: Path, run) -> list[float]:
     """The base's scores in a setting."""
     from study import comparison
 
-    record = work / f"base-{run.regime}-{run.suite}.json"
+    record = work / f"base-{run.base}-{run.regime}-{run.suite}.json"
     if not record.exists():
         _write(record, comparison.base_scores(run))
     return json.loads(record.read_text())
 
 
-def compare(name: str, lengths: Lengths, work: Path, pool) -> dict:
-    """One setting: a grid of learning rates in short runs, and long runs of all seeds with the rates chosen."""
-    from study.methods import METHODS, Run
+def compare(setting: str, wanted: Wanted, before: dict, work: Path, pool) -> dict:
+    """One setting: a grid of learning rates in short runs, and long runs of all seeds with the rates chosen. What was found
+    before is kept, and long runs are made where a method is new or another rate has turned out best.
+    """
+    from study.methods import Run
 
-    regime, suite = name.split("-")
-    grid = [Run(regime, suite, method, rate, 0, lengths.grid) for rate in RATES for method in METHODS]
-    validated = pool.map(partial(do, work, False), grid, chunksize=1)
-    scores = {run: found["validation"] for run, found in zip(grid, validated, strict=True)}
-    best = {
-        method: max((run for run in grid if run.method == method and scores[run] is not None), key=scores.get)
-        for method in METHODS
-    }
-    chosen = [best[method]._replace(seed=seed, steps=lengths.final) for seed in SEEDS for method in METHODS]
+    regime, suite = setting.split("-")
+    lengths = before.get("steps", wanted.lengths._asdict())
+    if lengths != wanted.lengths._asdict():
+        sys.exit(f"{wanted.out} holds results of {lengths} for {setting}, not of {wanted.lengths._asdict()}.")
+    grid = [
+        Run(regime, suite, method, rate, 0, wanted.lengths.grid, base=wanted.base)
+        for rate in wanted.rates
+        for method in wanted.methods
+    ]
+    validated = dict(zip(grid, pool.map(partial(do, work, False), grid, chunksize=1), strict=True))
+    found = {key: dict(before.get(key, {})) for key in ("grid", "rate", "seconds_per_step", "methods")}
+    chosen = []
+    for method in wanted.methods:
+        new = {f"{run.rate:g}": kept["validation"] for run, kept in validated.items() if run.method == method}
+        scores = found["grid"].get(method, {}) | new
+        found["grid"][method] = dict(sorted(scores.items(), key=lambda item: float(item[0])))
+        rate = float(max((rate for rate, score in scores.items() if score is not None), key=scores.get))
+        if rate != found["rate"].get(method) or method not in found["methods"]:
+            found["rate"][method] = rate
+            run = Run(regime, suite, method, rate, 0, wanted.lengths.final, base=wanted.base)
+            chosen += [run._replace(seed=seed) for seed in SEEDS]
     tested = dict(zip(chosen, pool.map(partial(do, work, True), chosen, chunksize=1), strict=True))
-    return {
-        "base": pool.apply(base_of, (work, grid[0])),
-        "steps": lengths._asdict(),
-        "grid": {method: {f"{run.rate:g}": scores[run] for run in grid if run.method == method} for method in METHODS},
-        "rate": {method: run.rate for method, run in best.items()},
-        "seconds_per_step": {
-            method: sum(found["seconds_per_step"] for run, found in tested.items() if run.method == method) / len(SEEDS)
-            for method in METHODS
-        },
-        "methods": _by_method(tested),
-    }
+    found["methods"] |= _by_method(tested)
+    for method in {run.method for run in chosen}:
+        taken = [kept["seconds_per_step"] for run, kept in tested.items() if run.method == method]
+        found["seconds_per_step"][method] = sum(taken) / len(taken)
+    base = before.get("base") or pool.apply(base_of, (work, grid[0]))
+    return {**before, "base": base, "steps": lengths, **found}
 
 
-def match_compute(name: str, setting: dict, work: Path, pool) -> dict:
+def match_compute(setting: str, wanted: Wanted, found: dict, work: Path, pool) -> dict:
     """The same setting with rows of rivals that were given as much processor time as the generator took."""
     from study.methods import Run
 
-    regime, suite = name.split("-")
-    seconds = setting["seconds_per_step"]
-    steps = {m: round(setting["steps"]["final"] * max(1.0, seconds["generator"] / seconds[m])) for m in MATCHED}
-    longer = [Run(regime, suite, m, setting["rate"][m], seed, steps[m]) for seed in SEEDS for m in MATCHED]
+    regime, suite = setting.split("-")
+    seconds = found["seconds_per_step"]
+    steps = {m: round(found["steps"]["final"] * max(1.0, seconds["generator"] / seconds[m])) for m in MATCHED}
+    longer = [
+        Run(regime, suite, m, found["rate"][m], seed, steps[m], base=wanted.base) for seed in SEEDS for m in MATCHED
+    ]
     tested = dict(zip(longer, pool.map(partial(do, work, True), longer, chunksize=1), strict=True))
     rows = {f"{method}_compute_matched": runs for method, runs in _by_method(tested).items()}
-    return setting | {"methods": setting["methods"] | rows, "compute_matched_steps": steps}
+    return found | {"methods": found["methods"] | rows, "compute_matched_steps": steps}
 
 
 def _by_method(tested: dict) -> dict[str, list[dict]]:
@@ -119,35 +147,56 @@ def _write(path: Path, value) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def sweep(names: Sequence[str], lengths: Lengths, work: Path, workers: int) -> None:
+def sweep(settings: Sequence[str], wanted: Wanted, work: Path, workers: int) -> None:
     """Setting by setting, then the compute-matched rows; the results file grows with each."""
     with multiprocessing.get_context("spawn").Pool(workers, initializer=start_worker) as pool:
-        for name in names:
-            _keep(name, compare(name, lengths, work, pool))
-        for name in names:
-            if name.startswith("told"):  # who is told nothing does not learn more in more time
-                _keep(name, match_compute(name, json.loads(RESULTS.read_text())[name], work, pool))
+        for setting in settings:
+            _keep(
+                wanted.out,
+                wanted.name(setting),
+                compare(setting, wanted, _kept(wanted.out, wanted.name(setting)), work, pool),
+            )
+        for setting in settings:
+            # who is told nothing does not learn more in more time
+            if setting.startswith("told") and set(MATCHED) & set(wanted.methods):
+                name = wanted.name(setting)
+                _keep(wanted.out, name, match_compute(setting, wanted, _kept(wanted.out, name), work, pool))
 
 
-def _keep(name: str, setting: dict) -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
-    _write(RESULTS, results | {name: setting})
-    print(f"sweep: {name} is in {RESULTS}", flush=True)
+def _kept(out: Path, name: str) -> dict:
+    return _read(out).get(name, {})
+
+
+def _keep(out: Path, name: str, setting: dict) -> None:
+    out.parent.mkdir(exist_ok=True)
+    _write(out, _read(out) | {name: setting})
+    print(f"sweep: {name} is in {out}", flush=True)
+
+
+def _read(out: Path) -> dict:
+    return json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
 
 
 def main() -> None:
+    enter_host()
+    from study.bases import BASES, FIRST
+    from study.methods import METHODS
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--grid-steps", type=int, default=300, help="of the runs that choose a learning rate")
     parser.add_argument("--steps", type=int, default=600, help="of the runs that are reported")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="added to those that are in the results")
+    parser.add_argument("--base", default=FIRST, choices=BASES, help="the first editor or the one that ships")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "sweep", help="where finished runs are kept")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    enter_host()
     lengths = Lengths(arguments.grid_steps, arguments.steps)
-    sweep(arguments.settings, lengths, arguments.work, arguments.workers)
+    wanted = Wanted(arguments.base, arguments.methods, arguments.rates, lengths, arguments.out)
+    sweep(arguments.settings, wanted, arguments.work, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from hywu_core.training.trainable import GeneratorTrainable, leaves
 
 from . import bases, evaluation
 from .edits import SUITES
-from .methods import Run, build, generator_config
+from .methods import LoraForEachEdit, Run, build, generator_config
 from .pictures import compose
 from .task import EditingTask
 
@@ -123,6 +123,8 @@ def _scores(trained: Trained, task: EditingTask, cases: list, controls: bool) ->
             return evaluation.score_generator(generator, trained.model, task, cases)
         write = evaluation.write
         return {"matched": evaluation.score(trained.model, task, cases, lambda part: write(generator, task, part))}
+    if isinstance(trained.trainable, LoraForEachEdit):
+        return {"matched": evaluation.score(trained.model, task, cases, trained.trainable.chosen)}
     if isinstance(trained.trainable, SharedLora):
         lora = trained.trainable.lora().map(lambda pair: type(pair)(pair.down.detach(), pair.up.detach()))
         return {"matched": evaluation.score(trained.model, task, cases, lambda part: lora)}

@@ -1,24 +1,29 @@
 """What is compared on the pocket editor, all trained by the same loop on the same data: one generator, one LoRA shared by all
-edits at the same rank and at four times the rank, and the whole base.
+edits at the same rank and at four times the rank, a LoRA for each edit with the right one chosen by hand, and the whole base.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from hywu_core.bases.pocket.editor import EditorConfig
 from hywu_core.condition import CONDITIONING, REFERENCE_LATENT, part_entry
 from hywu_core.config import GeneratorConfig
 from hywu_core.generator import Generator
 from hywu_core.host.training.objective import DiffusionObjective
-from hywu_core.training import FullFineTuning, GeneratorTrainable, SharedLora, Trainable, TrainConfig
+from hywu_core.lora import InstanceLora
+from hywu_core.training import FullFineTuning, GeneratorTrainable, Sample, SharedLora, Trainable, TrainConfig
+from hywu_core.training.trainable import concatenate
 
 from .bases import FIRST
-from .task import Regime
+from .edits import SUITES
+from .task import Case, Regime, edit_named_by
 
-METHODS = ("shared", "shared_x4", "full", "generator")
+METHODS = ("shared", "shared_x4", "each", "full", "generator")
 RANK, ALPHA_PER_RANK = 4, 2
 PICTURE_TARGETS = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
 
@@ -44,6 +49,33 @@ class Run(NamedTuple):
         return TrainConfig(
             steps=self.steps, batch=self.batch, learning_rate=self.rate, warmup=self.steps // 10, seed=self.seed
         )
+
+
+class LoraForEachEdit(nn.ModuleList):
+    """A LoRA for every edit, of which somebody who knows the edit chooses the right one.
+
+    Its steps are those of all: a batch trains the LoRAs of the edits that are in it.
+    """
+
+    def __init__(self, config: GeneratorConfig, edits: Sequence[str], rank: int, alpha: float, seed: int = 0):
+        super().__init__(SharedLora(config, rank, alpha, seed) for _ in edits)
+        self.edits = list(edits)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> dict[str, nn.Parameter]:
+        """The factors by the edit's place."""
+        return dict(super().named_parameters(*args, **kwargs))
+
+    def graphs_at_once(self, samples: Sequence[Sample]) -> None:
+        """None: the factors are the parameters."""
+
+    def lora(self, samples: Sequence[Sample]) -> InstanceLora:
+        """One instance for each sample, by the edit that its key names."""
+        return concatenate([self[self.edits.index(edit_named_by(sample.key))].lora() for sample in samples])
+
+    def chosen(self, cases: Sequence[Case]) -> InstanceLora:
+        """One instance for each case, without a graph."""
+        with torch.no_grad():
+            return concatenate([self[case.edit].lora() for case in cases])
 
 
 def generator_config(rank: int = RANK, width: int = 128, blocks: int = 2, **provenance: Any) -> GeneratorConfig:
@@ -81,5 +113,8 @@ def build(run: Run, model: Any) -> tuple[Trainable, DiffusionObjective]:
     if run.method == "generator":
         generator = Generator(config, dtype=torch.float32).initialize(run.seed)
         return GeneratorTrainable(generator), DiffusionObjective(model)
+    if run.method == "each":
+        edits = [edit.name for edit in SUITES[run.suite]]
+        return LoraForEachEdit(config, edits, RANK, ALPHA_PER_RANK * RANK, run.seed), DiffusionObjective(model)
     rank = RANK * (4 if run.method == "shared_x4" else 1)
     return SharedLora(config, rank, ALPHA_PER_RANK * rank, run.seed), DiffusionObjective(model)

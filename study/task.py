@@ -20,6 +20,7 @@ from hywu_core.training.data import Sample
 from .edits import Edit
 
 Regime = Literal["blind", "told"]
+SEPARATOR = ", "  # of the picture's and the edit's name in a sample's key
 
 
 class Words(NamedTuple):
@@ -76,7 +77,7 @@ class EditingTask:
             latent=to_latent(self.target(case))[0],
             conditioning=self.conditioning([case])[0],
             condition=self.condition([case])[0] if self.config else torch.empty(0, 0),
-            key=f"{self.names[case.picture]}, {self.edits[case.edit].name}",
+            key=f"{self.names[case.picture]}{SEPARATOR}{self.edits[case.edit].name}",
         )
 
     def target(self, case: Case) -> Tensor:
@@ -132,6 +133,11 @@ class MixedSizes:
         """A pair; its size, picture and words are drawn from `source`."""
         task = self.tasks[int(torch.multinomial(self.shares, 1, generator=source))]
         return task.sample(int(torch.randint(len(task), (), generator=source)), source)
+
+
+def edit_named_by(key: str) -> str:
+    """The name of the edit in a sample's key."""
+    return key.rpartition(SEPARATOR)[2]
 
 
 def encode_words(clip: Any, text: str) -> Words:
