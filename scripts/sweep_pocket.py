@@ -41,6 +41,7 @@ class Wanted(NamedTuple):
     methods: Sequence[str]
     rates: Sequence[float]
     lengths: Lengths
+    seeds: Sequence[int]
     out: Path
 
     def name(self, setting: str) -> str:
@@ -109,7 +110,7 @@ def compare(setting: str, wanted: Wanted, before: dict, work: Path, pool) -> dic
         if rate != found["rate"].get(method) or method not in found["methods"]:
             found["rate"][method] = rate
             run = Run(regime, suite, method, rate, 0, wanted.lengths.final, base=wanted.base)
-            chosen += [run._replace(seed=seed) for seed in SEEDS]
+            chosen += [run._replace(seed=seed) for seed in wanted.seeds]
     tested = dict(zip(chosen, pool.map(partial(do, work, True), chosen, chunksize=1), strict=True))
     found["methods"] |= _by_method(tested)
     for method in {run.method for run in chosen}:
@@ -127,11 +128,29 @@ def match_compute(setting: str, wanted: Wanted, found: dict, work: Path, pool) -
     seconds = found["seconds_per_step"]
     steps = {m: round(found["steps"]["final"] * max(1.0, seconds["generator"] / seconds[m])) for m in MATCHED}
     longer = [
-        Run(regime, suite, m, found["rate"][m], seed, steps[m], base=wanted.base) for seed in SEEDS for m in MATCHED
+        Run(regime, suite, m, found["rate"][m], seed, steps[m], base=wanted.base)
+        for seed in wanted.seeds
+        for m in MATCHED
     ]
     tested = dict(zip(longer, pool.map(partial(do, work, True), longer, chunksize=1), strict=True))
     rows = {f"{method}_compute_matched": runs for method, runs in _by_method(tested).items()}
     return found | {"methods": found["methods"] | rows, "compute_matched_steps": steps}
+
+
+def lengthen(setting: str, wanted: Wanted, found: dict, times: int, work: Path, pool) -> dict:
+    """The same setting with rows of the methods that are wanted, trained so many times as long."""
+    from study.methods import Run
+
+    regime, suite = setting.split("-")
+    steps = times * found["steps"]["final"]
+    longer = [
+        Run(regime, suite, m, found["rate"][m], seed, steps, base=wanted.base)
+        for m in wanted.methods
+        for seed in wanted.seeds
+    ]
+    tested = dict(zip(longer, pool.map(partial(do, work, True), longer, chunksize=1), strict=True))
+    rows = {f"{method}_steps_x{times}": runs for method, runs in _by_method(tested).items()}
+    return found | {"methods": found["methods"] | rows}
 
 
 def _by_method(tested: dict) -> dict[str, list[dict]]:
@@ -147,8 +166,8 @@ def _write(path: Path, value) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def sweep(settings: Sequence[str], wanted: Wanted, work: Path, workers: int) -> None:
-    """Setting by setting, then the compute-matched rows; the results file grows with each."""
+def sweep(settings: Sequence[str], wanted: Wanted, longer: int, work: Path, workers: int) -> None:
+    """Setting by setting, then the rows of longer runs; the results file grows with each."""
     with multiprocessing.get_context("spawn").Pool(workers, initializer=start_worker) as pool:
         for setting in settings:
             _keep(
@@ -156,6 +175,11 @@ def sweep(settings: Sequence[str], wanted: Wanted, work: Path, workers: int) -> 
                 wanted.name(setting),
                 compare(setting, wanted, _kept(wanted.out, wanted.name(setting)), work, pool),
             )
+        if longer > 1:
+            for setting in settings:
+                name = wanted.name(setting)
+                _keep(wanted.out, name, lengthen(setting, wanted, _kept(wanted.out, name), longer, work, pool))
+            return
         for setting in settings:
             # who is told nothing does not learn more in more time
             if setting.startswith("told") and set(MATCHED) & set(wanted.methods):
@@ -180,14 +204,18 @@ def _read(out: Path) -> dict:
 def main() -> None:
     enter_host()
     from study.bases import BASES, FIRST
-    from study.methods import METHODS
+    from study.methods import GENERATORS, METHODS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--grid-steps", type=int, default=300, help="of the runs that choose a learning rate")
     parser.add_argument("--steps", type=int, default=600, help="of the runs that are reported")
     parser.add_argument("--settings", nargs="+", default=SETTINGS, choices=SETTINGS)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*METHODS, *list(GENERATORS)[1:]))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument(
+        "--longer", type=int, default=1, help="add rows of the methods trained so many times as long instead"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="added to those that are in the results")
     parser.add_argument("--base", default=FIRST, choices=BASES, help="the first editor or the one that ships")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "sweep", help="where finished runs are kept")
@@ -195,8 +223,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     lengths = Lengths(arguments.grid_steps, arguments.steps)
-    wanted = Wanted(arguments.base, arguments.methods, arguments.rates, lengths, arguments.out)
-    sweep(arguments.settings, wanted, arguments.work, arguments.workers)
+    wanted = Wanted(arguments.base, arguments.methods, arguments.rates, lengths, arguments.seeds, arguments.out)
+    sweep(arguments.settings, wanted, arguments.longer, arguments.work, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,13 @@ from .task import Case, Regime, edit_named_by
 METHODS = ("shared", "shared_x4", "each", "full", "generator")
 RANK, ALPHA_PER_RANK = 4, 2
 PICTURE_TARGETS = {"img_attn.qkv": (1, 3), "img_attn.proj": (1, 1), "img_mlp.0": (1, 4), "img_mlp.2": (4, 1)}
+TEXT_TARGETS = {name.replace("img_", "txt_"): sizes for name, sizes in PICTURE_TARGETS.items()}
+# what might help the generator where it loses
+GENERATORS: dict[str, dict[str, Any]] = {
+    "generator": {},
+    "generator_text": {"targets": PICTURE_TARGETS | TEXT_TARGETS},
+    "generator_wide": {"width": 256},
+}
 
 
 class Run(NamedTuple):
@@ -78,9 +85,16 @@ class LoraForEachEdit(nn.ModuleList):
             return concatenate([self[case.edit].lora() for case in cases])
 
 
-def generator_config(rank: int = RANK, width: int = 128, blocks: int = 2, **provenance: Any) -> GeneratorConfig:
-    """A generator for the pocket editor, on the picture's attention and feed-forward of all blocks. It reads the encoded
-    instruction and the source picture's latent, through one encoder layer that is trained with it.
+def generator_config(
+    rank: int = RANK,
+    width: int = 128,
+    blocks: int = 2,
+    targets: dict[str, tuple[int, int]] = PICTURE_TARGETS,
+    **provenance: Any,
+) -> GeneratorConfig:
+    """A generator for the pocket editor, by default on the picture's attention and feed-forward of all blocks.
+
+    It reads the encoded instruction and the source picture's latent, through one encoder layer that is trained with it.
     """
     base, patch = EditorConfig(), EditorConfig().patch_size
     parts = [part_entry(CONDITIONING, base.context_dim), part_entry(REFERENCE_LATENT, 3 * patch * patch, patch)]
@@ -97,7 +111,7 @@ def generator_config(rank: int = RANK, width: int = 128, blocks: int = 2, **prov
         dim_accumulation=2,
         pg_mapping={
             name: {"lora_A_dim": base.width * rows, "lora_B_dim": base.width * out}
-            for name, (rows, out) in PICTURE_TARGETS.items()
+            for name, (rows, out) in targets.items()
         },
         prefix="double_blocks.",
         hywu={"base": "pocket editor", "condition": parts, "encoder_layers": 1, **provenance},
@@ -110,8 +124,8 @@ def build(run: Run, model: Any) -> tuple[Trainable, DiffusionObjective]:
         objective = DiffusionObjective(model, train_base=True)
         return FullFineTuning(dict(objective.base.diffusion_model.named_parameters())), objective
     config = generator_config()
-    if run.method == "generator":
-        generator = Generator(config, dtype=torch.float32).initialize(run.seed)
+    if run.method in GENERATORS:
+        generator = Generator(generator_config(**GENERATORS[run.method]), dtype=torch.float32).initialize(run.seed)
         return GeneratorTrainable(generator), DiffusionObjective(model)
     if run.method == "each":
         edits = [edit.name for edit in SUITES[run.suite]]

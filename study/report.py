@@ -13,6 +13,7 @@ from hywu_core.analysis.statistics import Interval, bootstrap
 TIE = 1.0  # dB; less than this is no separation
 CONTROLS = ("words", "other_image", "averaged", "shuffled", "opposite")
 RIVALS = ("shared", "shared_x4", "each", "full", "shared_x4_compute_matched", "full_compute_matched")
+VARIANTS = ("generator_text", "generator_wide", "generator_steps_x3")
 TITLES = {
     "base": "frozen base",
     "shared": "shared LoRA, same rank",
@@ -22,6 +23,9 @@ TITLES = {
     "shared_x4_compute_matched": "shared LoRA, rank x4, same time",
     "full_compute_matched": "full fine-tuning, same time",
     "matched": "**generator**",
+    "generator_text": "generator, on the text's layers as well",
+    "generator_wide": "generator, twice as wide",
+    "generator_steps_x3": "generator, three times the steps",
     "words": "generator, other words for the edit",
     "other_image": "generator, same edit from another picture",
     "averaged": "generator, mean of all its LoRAs",
@@ -80,6 +84,9 @@ def rows(setting: Mapping[str, Any]) -> Iterator[tuple[str, Interval]]:
     if "generator" in setting["methods"]:
         for control in ("matched", *CONTROLS):
             yield control, bootstrap(scores(setting, "generator", control))
+    for variant in VARIANTS:
+        if variant in setting["methods"]:
+            yield variant, bootstrap(scores(setting, variant))
 
 
 def findings(setting: Mapping[str, Any]) -> list[Finding]:
@@ -87,6 +94,18 @@ def findings(setting: Mapping[str, Any]) -> list[Finding]:
     ours = scores(setting, "generator")
     present = [rival for rival in RIVALS if rival in setting["methods"]]
     return [Finding(rival, bootstrap(ours - scores(setting, rival))) for rival in present]
+
+
+def helped(setting: Mapping[str, Any]) -> dict[str, Interval]:
+    """{variant: its PSNR above the generator's}, case by case over the seeds that both have."""
+    found = {}
+    for variant in VARIANTS:
+        runs = setting["methods"].get(variant, [])
+        if runs:
+            same = [run["seed"] for run in setting["methods"]["generator"]]
+            ours = scores(setting, "generator")[[same.index(run["seed"]) for run in runs]]
+            found[variant] = bootstrap(scores(setting, variant) - ours)
+    return found
 
 
 def gates(results: Mapping[str, Any]) -> list[Gate]:
@@ -141,4 +160,5 @@ def summary(results: Mapping[str, Any]) -> str:
             f"{SETTINGS[name]}: the generator {found.verdict} against {TITLES[found.rival]}: {found.difference} dB"
             for found in findings(setting)
         ]
+        lines += [f"{SETTINGS[name]}: {TITLES[what]}: {gain} dB" for what, gain in helped(setting).items()]
     return "\n".join(lines)

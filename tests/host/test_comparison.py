@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hywu_core.training import Sample
+from study import report
 from study.edits import EIGHT, SUITES
 from study.methods import RANK, LoraForEachEdit, generator_config
 from study.task import Case, edit_named_by
@@ -69,7 +70,9 @@ def sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep_pocket, "base_of", lambda work, run: [1.0])
 
     def call(before, methods, rates, steps=6):
-        wanted = sweep_pocket.Wanted("pocket", methods, rates, sweep_pocket.Lengths(3, steps), tmp_path / "r.json")
+        wanted = sweep_pocket.Wanted(
+            "pocket", methods, rates, sweep_pocket.Lengths(3, steps), (0, 1, 2), tmp_path / "r.json"
+        )
         return sweep_pocket.compare("blind-eight", wanted, before, tmp_path, AtOnce())
 
     return SimpleNamespace(call=call, tested=tested)
@@ -85,6 +88,14 @@ def test_a_grid_grows_and_only_a_better_rate_is_tested_anew(sweep):
     assert sweep.tested[3:] == [(method, 0.003, seed) for method in ("shared", "each") for seed in (0, 1, 2)]
     assert better["rate"] == {"shared": 0.003, "each": 0.003} and len(better["methods"]["shared"]) == 3
     assert list(first["grid"]["shared"]) == ["0.01"], "what was found before is not changed"
+
+
+def test_what_helped_is_told_by_the_seeds_that_both_have():
+    def run(seed, value):
+        return {"seed": seed, "psnr": {"matched": [value, value + 1]}}
+
+    methods = {"generator": [run(0, 1.0), run(1, 5.0)], "generator_text": [run(1, 7.0)]}
+    assert report.helped({"methods": methods})["generator_text"].mean == 2.0
 
 
 def test_results_of_other_steps_are_not_mixed(sweep):

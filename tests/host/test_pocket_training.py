@@ -192,7 +192,8 @@ def test_the_kept_results_pass_their_gates():
         assert gate.holds, gate
     for value in results.values():
         assert len(value["base"]) >= 128
-        assert {len(runs) for runs in value["methods"].values()} == {3}
+        compared = [runs for name, runs in value["methods"].items() if name not in report.VARIANTS]
+        assert {len(runs) for runs in compared} == {3}
 
 
 def test_figures_are_drawn():
