@@ -1,8 +1,8 @@
 """Edits that arrive two at a time, on the pocket editor: a curve of what every method keeps and learns.
 
-    .venv/bin/python scripts/arrivals_pocket.py [--edits 16] [--steps 120] [--seeds 0 1 2] [--methods memory plain ...]
+    .venv/bin/python scripts/arrivals_pocket.py [--edits 16] [--steps 120] [--seeds 0 1 2] [--methods memory ...] [--memory 2]
 
-Resumable: what was trained is in --work, every score in --out; neither is made again. All of it takes hours.
+Resumable: what was trained is in --work, every score in --out; neither is made again. A seed takes half an hour of one core.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ def measure(arguments: argparse.Namespace) -> None:
     from study.edits import SIXTEEN
 
     for seed in arguments.seeds:
-        how = How(SIXTEEN[: arguments.edits], arguments.steps, seed)
+        how = How(SIXTEEN[: arguments.edits], arguments.steps, seed, arguments.memory)
         study, group = Arrivals(arguments.work, how), f"{arguments.edits} edits, {arguments.steps} steps, seed {seed}"
+        if how.weight != How().weight:
+            group += f", memory {how.weight:g}"
         once(arguments.out, group, "base", study.score_base)
         for arrival in range(how.arrivals):
             for method in arguments.methods or METHODS:
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of an arrival")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="by default all")
+    parser.add_argument("--memory", type=float, default=2.0, help="its weight")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "arrivals", help="where parameters are kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()

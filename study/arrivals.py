@@ -100,7 +100,8 @@ class Arrivals:
         else:
             trainable, objective = build(Run("blind", "sixteen", KINDS.get(method, "generator"), 0.0, how.seed), model)
             objective.prepare()
-        path = self.work / f"s{how.seed} {method} {how.steps} {arrival + 1} of {how.arrivals}.safetensors"
+        weight = f" {how.weight:g}" if method == MEMORY and how.weight != How().weight else ""
+        path = self.work / f"s{how.seed} {method}{weight} {how.steps} {arrival + 1} of {how.arrivals}.safetensors"
         trained_once(path, trainable, lambda: self._train(method, arrival, trainable, objective))
         return model, trainable, objective
 
