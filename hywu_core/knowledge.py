@@ -37,6 +37,7 @@ from .errors import ConfigError
 KEY = "knows"
 WIDTH, POINTS, SIZES = 128, 256, 32
 LEAST = 4  # points from which on a distance says something
+SAME = 0.01  # spreads a number that a kept description may be off: it was rounded, and is the same condition's
 FALSE_ALARMS = 0.05
 FAR = 1.5  # times larger or smaller than all sides that were trained on
 TOLD, BLIND = "told", "blind"
@@ -57,9 +58,13 @@ class Points(NamedTuple):
     @property
     def threshold(self) -> float:
         """The distance that a condition like these exceeds with a probability of FALSE_ALARMS."""
-        scaled = self.values / self.spread
-        apart = torch.cdist(scaled, scaled).fill_diagonal_(math.inf).amin(1).sort().values
+        apart = self.distances_of_others(self.values).amin(1).sort().values
         return float(apart[min(len(apart), math.ceil((len(apart) + 1) * (1 - FALSE_ALARMS))) - 1])
+
+    def distances_of_others(self, described: Tensor) -> Tensor:
+        """(B, K) -> (B, N): how far each is from every point; infinitely from those that are the same condition."""
+        apart = torch.cdist(described / self.spread, self.values / self.spread)
+        return torch.where(apart <= SAME * math.sqrt(self.values.shape[1]), torch.inf, apart)
 
     def distances(self, described: Tensor) -> Tensor:
         """How far each of (B, K) is from the nearest point: (B,)."""
@@ -90,7 +95,9 @@ def gathered(
     length = max((len(tokens) for tokens in texts), default=0)
     known = points(hywu)
     if known and new and known.values.shape[1] == new[0].shape[1]:
-        new = [known.values, *new]
+        everything = Points(torch.cat([known.values, *new]))
+        met_again = everything.distances_of_others(known.values)[:, len(known.values) :].isinf().any(1)
+        new = [known.values[~met_again], *new]
     entries = {**before, **(_kept(torch.unique(torch.cat(new), dim=0)) if new else {})}
     if length:
         entries["length"] = max(length, before.get("length", 0))

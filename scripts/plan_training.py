@@ -3,8 +3,9 @@
     python scripts/plan_training.py [--pixels 512] [--size small] [--teraflops 60]
 
 The bases are the host's own classes at their released sizes, on the meta device. Memory is what Train HY-WU Generator
-asks the host for. The work of a pair is three passes through the base's matrices (forward, once more for checkpointing,
-backward to the LoRA), and as many through the generator's; attention of the base is left out, which these lengths forgive.
+asks the host for on an NVIDIA card. The work of a pair is three passes through the base's matrices (forward, once more for
+checkpointing, backward to the LoRA), and as many through the generator's; attention of the base is left out, which these
+lengths forgive.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from in_host import enter_host
 enter_host()
 
 import comfy.model_base  # noqa: E402
+import comfy.model_management  # noqa: E402
 import comfy.supported_models  # noqa: E402
 
 from hywu_core.condition import CONDITIONING, REFERENCE_LATENT, Condition, ConditionPart  # noqa: E402
 from hywu_core.config import GeneratorConfig  # noqa: E402
 from hywu_core.host.model import find_stacks  # noqa: E402
 from hywu_core.host.new_generator import SIZES, generator_config  # noqa: E402
-from hywu_core.host.training.objective import WITH_BACKWARD  # noqa: E402
+from hywu_core.host.training.objective import pass_room  # noqa: E402
 from hywu_core.host.training.session import COPIES  # noqa: E402
 from hywu_core.plan import parameters, plan  # noqa: E402
 from hywu_core.training.memory import graph_bytes  # noqa: E402
+
+# the host reckons with less where attention is fused
+comfy.model_management.pytorch_attention_flash_attention = lambda: True
 
 TEXT_TOKENS = 256
 PIXELS_OF_A_TOKEN = 16  # latents are an eighth of the picture, patches are two wide
@@ -120,7 +125,10 @@ def row(base: Base, pixels: int, size: str) -> Row:
     picture = (pixels // PIXELS_OF_A_TOKEN) ** 2
     length = TEXT_TOKENS + picture
     memory = COPIES * 4 * parameters(config) + graph_bytes(config, length, torch.bfloat16, recomputed=True)
-    memory += WITH_BACKWARD * int(model.memory_required((1, *latent.shape[1:])))
+    source = {"reference_latents": [latent]} if base.reads_source else {}
+    memory += pass_room(
+        model, latent.shape[1:], [torch.empty(1, TEXT_TOKENS, base.text_width, device="meta"), source], 1
+    )
     tokens = picture * (2 if base.reads_source else 1) + (0 if base.kind.startswith("WAN") else TEXT_TOKENS)
     flops = PASSES * (2 * passed(model, tokens) + plan(config, 1, length, torch.bfloat16).flops)
     weights = sum(parameter.numel() for parameter in model.diffusion_model.parameters())

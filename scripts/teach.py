@@ -86,7 +86,7 @@ def work(given: argparse.Namespace, stop: Callable[[], bool]) -> None:
     about = shown(teach.picture_files(given.pictures)) if given.pictures else []
     if given.pairs:
         pairs = read_pairs(given.pairs, given.size)
-        wordings = [pair.instruction for pair in pairs]
+        wordings = [text for pair in pairs for text in pair.wordings]
         new = teach.NewEdit(shown(p.source for p in pairs), shown(p.target for p in pairs), wordings)
         old = teach.read_lines(given.old_instructions) if given.old_instructions else ()
         regime = given.regime or teach.AS_TRAINED

@@ -35,7 +35,12 @@ def validation_loss(
 
 def base_loss(trainer: Trainer, step: int) -> float:
     """The base's own loss on the pairs and noise of one step."""
-    found = trainer.objective.evaluate(None, trainer.draws(step)).double().mean()
+    draws, total = trainer.draws(step), torch.zeros((), dtype=torch.float64)
+    size = trainer.config.micro_batch or len(draws)
+    for start in range(0, len(draws), size):
+        trainer.between()
+        total += trainer.objective.evaluate(None, draws[start : start + size]).double().sum()
+    found = total / len(draws)
     trainer.communication.average([found])
     return float(found)
 

@@ -86,3 +86,20 @@ def test_numbers_that_are_not_finite_are_not_kept_and_not_read():
     nan = base64.b64encode(torch.full((32,), float("nan")).numpy().tobytes()).decode()
     with pytest.raises(ConfigError, match="finite"):
         knowledge.check({"knows": {**hywu["knows"], "centre": nan}})
+
+
+def test_what_is_met_again_is_known_once():
+    met = texts(40, 0)
+    once = knowledge.gathered({}, met)
+    # kept as rounded numbers the first time, and whole the second
+    again = knowledge.gathered(once, [*texts(2, 1), *met])
+    assert len(knowledge.points(again).values) == 42
+    assert knowledge.points(again).threshold == pytest.approx(knowledge.points(once).threshold, rel=0.3)
+    alike = texts(200, 2)
+    assert sum(knowledge.unknown(again, one.unsqueeze(0)) for one in alike) <= len(alike) * 2 * knowledge.FALSE_ALARMS
+
+
+def test_a_file_that_holds_conditions_twice_notices_no_more_than_others():
+    values = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    twice = knowledge.Points(torch.cat([values, values * 1.001]))
+    assert twice.threshold == pytest.approx(knowledge.Points(values).threshold, rel=0.3)

@@ -24,6 +24,7 @@ from hywu_core.training.data import batch_of, buckets_of, epoch_order
 from hywu_core.training.memory import graph_bytes
 from hywu_core.training.state import StateError
 from hywu_core.training.trainable import diversity_loss, leaves
+from hywu_core.training.validation import base_loss
 
 
 def tiny_config(**changes):
@@ -425,3 +426,20 @@ def test_a_log_that_cannot_be_written_is_a_clear_error(tmp_path):
     log.path.mkdir()
     with pytest.raises(SaveError, match="log.csv cannot be written"):
         log.step(StepReport(0, 1.0, 1e-3, 0.5))
+
+
+def test_the_bases_own_loss_is_measured_in_parts_as_training_goes():
+    class Measured(Quadratic):
+        sizes: list[int] = []
+
+        def evaluate(self, lora, draws, percent=None):
+            self.sizes.append(len(draws))
+            return torch.tensor([draw.sample.conditioning for draw in draws], dtype=torch.float32)
+
+    found = {}
+    for part in (0, 1, 3):
+        run = trainer(objective=Measured(), micro_batch=part)
+        Measured.sizes.clear()
+        found[part] = base_loss(run, 1), list(Measured.sizes)
+    assert [sizes for _, sizes in found.values()] == [[4], [1] * 4, [3, 1]]
+    assert len({loss for loss, _ in found.values()}) == 1

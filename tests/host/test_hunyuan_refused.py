@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from hywu_core.bases.hunyuan_image3.files import read_system_prompt
 from hywu_core.bases.hunyuan_image3.loader import load, load_model
-from hywu_core.errors import CheckpointError
+from hywu_core.errors import CheckpointError, MatchError
+from hywu_core.host.training.frozen import refuse_untrainable
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -130,3 +131,9 @@ def test_a_system_prompt_is_parsed_and_never_run(base, tmp_path, caplog):
     assert "not the one that the released generator was trained with" in caplog.text
     (tmp_path / "system_prompt.txt").write_text("Of a text file.\n")
     assert read_system_prompt(tmp_path) == "Of a text file."
+
+
+def test_no_generator_is_trained_on_it_and_that_is_said_at_once(base):
+    model = load_model(base)
+    with pytest.raises(MatchError, match="cannot be trained on this base: HunyuanImage-3 is there for sampling only"):
+        refuse_untrainable(model.model)

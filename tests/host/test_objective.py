@@ -1,6 +1,7 @@
 """The training objective on tiny random instances of the host's own model families: exact where exactness exists."""
 
 import comfy.model_management
+import comfy.model_sampling
 import families
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from hywu_core import Generator, InstanceLora
 from hywu_core.errors import MatchError
 from hywu_core.host.lora.apply import apply_lora
-from hywu_core.host.training.objective import DiffusionObjective
+from hywu_core.host.training.objective import DiffusionObjective, pass_room, prediction_spread
 from hywu_core.training import GeneratorTrainable, Sample, SharedLora, TrainConfig, Trainer
 from hywu_core.training.data import Draw, batch_of
 from hywu_core.training.trainable import leaves
@@ -203,3 +204,48 @@ def test_a_shared_lora_trains_by_the_same_loop():
     for _ in range(20):
         run.step()
     assert float(run.objective.evaluate(leaves(shared.lora()), draws(family, 4), percent=0.3).mean()) < float(before)
+
+
+@pytest.mark.parametrize("share", [1 / 8, 1 / 2048])
+def test_gradients_do_not_vanish_in_float16(share):
+    """The gradient of a mean over a latent is too small for float16 unless the loss is scaled."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        family = families.FAMILIES["flux_double"]()
+        family.model.model.diffusion_model.to(dtype).dtype = dtype
+        assert family.model.model.get_dtype_inference() == dtype
+        objective = DiffusionObjective(family.model)
+        objective.prepare()
+        lora = leaves(generator(family).generate(torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))))
+        for pair in lora.pairs:
+            pair.up.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+        objective.backward(lora, draws(family), share)
+        found[dtype] = torch.cat([factor.grad.flatten() / share for pair in lora.pairs for factor in pair])
+    exact, half = found.values()
+    assert half.isfinite().all() and (half[exact != 0] == 0).float().mean() < 0.01
+    assert float((half - exact).norm() / exact.norm()) < 0.02
+
+
+def test_the_loss_is_of_what_the_base_predicts():
+    """An error of the prediction counts alike at every noise level, however the prediction is turned into a picture."""
+    sigma = torch.tensor([0.05, 0.5, 2.0, 40.0])
+    for kind in ("CONST", "EPS", "V_PREDICTION", "EDM", "COSMOS_RFLOW"):
+        sampling = getattr(comfy.model_sampling, kind)()
+        sampling.sigma_data = 0.5
+        noisy, right = (torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        denoised = sampling.calculate_denoised(sigma, right + 0.1, noisy) - sampling.calculate_denoised(
+            sigma, right, noisy
+        )
+        off = denoised / prediction_spread(sampling, sigma).unsqueeze(1)
+        assert torch.allclose(off.abs(), torch.full_like(off, 0.1), rtol=1e-3), kind
+        if kind in ("CONST", "EPS"):
+            assert torch.equal(prediction_spread(sampling, sigma), sigma)
+
+
+def test_room_counts_the_source_pictures():
+    family = families.FAMILIES["flux_double"]()
+    base, shape, (tokens, options) = family.model.model, family.latent.shape[1:], families.conditioning(12, 8)[0]
+    alone = pass_room(base, shape, [tokens, options], 2)
+    source = {"reference_latents": [family.latent]}
+    assert pass_room(base, shape, [tokens, options | source], 2) == pytest.approx(2 * alone, rel=1e-6)
+    assert pass_room(base, shape, [tokens, options | source], 1) == pytest.approx(alone, rel=1e-6)

@@ -99,3 +99,16 @@ def test_a_changed_folder_is_read_again_and_bad_ones_are_named(loaded, folder):
     for name in ("nothing", "..", "../input", "."):
         with pytest.raises(PairError, match="There is no folder"):
             pairs_in_server.folder_of(name)
+
+
+def test_a_clip_of_other_settings_encodes_anew(loaded):
+    _, clip, vae = loaded
+    plain, layer, padded = (pairs_in_server._encoders(made, vae) for made in _settings_of(clip))
+    assert pairs_in_server._encoders(clip.clone(), vae) == plain and len({plain, layer, padded}) == 3
+
+
+def _settings_of(clip):
+    layer, padded = clip.clone(), clip.clone()
+    layer.clip_layer(-2)
+    padded.set_tokenizer_option("min_padding", 8)
+    return clip, layer, padded

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import flux
 
-from hywu_core import Generator, HywuError, MatchError
+from hywu_core import Generator, HywuError, MatchError, knowledge
 from hywu_core.bases.pocket import load_pocket_editor
 from hywu_core.config import GeneratorConfig
 from hywu_core.errors import ConfigError
@@ -257,6 +257,13 @@ def test_a_generator_learns_from_files_of_several_ranks(studio, output):
     assert losses[0] == pytest.approx(1.0, abs=1e-4) and losses[-1] < 0.3
     assert found.handle.config.hywu["instructions"] == list(OLD)
     assert found.handle.config.hywu["lineage"][-1]["kind"] == "learned from LoRAs"
+
+
+def test_what_the_base_reads_stays_known_after_learning_from_files(studio, output):
+    files(output / "loras", studio)
+    before = handle(strength=0.0, training={"regime": "blind"})
+    assert knowledge.reads(before.config.hywu) == "blind"
+    assert knowledge.reads(learned(studio, before).handle.config.hywu) == "blind"
 
 
 def test_learning_from_files_goes_on_bit_for_bit(studio, output):

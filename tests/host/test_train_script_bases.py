@@ -106,3 +106,10 @@ def test_a_generator_for_another_base(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json())
     with pytest.raises(HywuError, match="None of the LoRA's 6 targets is in this model"):
         run(tmp_path, generator=str(tmp_path / "config.json"))
+
+
+def test_a_text_encoder_read_as_another_kind_makes_other_encodings(tmp_path):
+    (tmp_path / "some.safetensors").write_bytes(b"weights")
+    kinds = ("flux", "FLUX", "lumina2", "qwen_image")
+    found = [base_files.encoders_fingerprint([tmp_path / "some.safetensors"], kind) for kind in kinds]
+    assert found[0] == found[1] == base_files.fingerprint([tmp_path / "some.safetensors"]) and len(set(found)) == 3

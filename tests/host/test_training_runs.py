@@ -11,7 +11,7 @@ from training_runs import PAIRS, interrupted_after, new, pairs, run, same
 from hywu_core import SaveError
 from hywu_core.host import memory
 from hywu_core.host.lora.apply import apply_lora
-from hywu_core.host.training import in_server
+from hywu_core.host.training import in_server, session
 from hywu_core.host.training.identity import digest_of_base
 from hywu_core.training import TrainingError
 
@@ -189,3 +189,21 @@ def test_what_a_run_is_about_is_written_down(output):
     run(family, new(family, positive), latents, positive, steps=1)
     about = json.loads((output / "output" / "hywu" / "run" / "run.json").read_text())
     assert about["pairs"] == PAIRS and about["precision"] == "float32"
+
+
+def test_a_process_needs_room_for_its_share_of_a_batch(monkeypatch):
+    class OneOfFour(session.Alone):
+        processes = 4
+
+    asked, room = [], session.DiffusionObjective.room
+    monkeypatch.setattr(
+        session.DiffusionObjective,
+        "room",
+        lambda self, pair, count: (asked.append(count), room(self, pair, count))[1],
+    )
+    family = flux(channels=16)
+    latents, positive = pairs(family)
+    for communication in (session.Alone, OneOfFour):
+        monkeypatch.setattr(session, "Alone", communication)
+        run(family, new(family, positive), latents, positive, steps=1, batch=4, name=communication.__name__)
+    assert asked == [4, 1]

@@ -28,6 +28,8 @@ WRAPPER = "hunyuan_image3"
 class HostModel(comfy.model_base.BaseModel):
     """The host's view of the base."""
 
+    untrainable = "HunyuanImage-3 is there for sampling only"
+
     def __init__(self, model_config: HostConfig, device: torch.device | None = None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HunyuanImage3)
 

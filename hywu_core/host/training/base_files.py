@@ -59,6 +59,12 @@ def fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def encoders_fingerprint(files: Sequence[Path], clip_type: str) -> str:
+    """The same of encoders: what one file of a text encoder makes depends on the kind that it is read as."""
+    found, kind = fingerprint(files), clip_type.lower()
+    return found if kind == RunConfig.clip_type else hashlib.sha256(f"{found} {kind}".encode()).hexdigest()[:16]
+
+
 def load_model(run: RunConfig) -> Any:
     """The base's MODEL.
 

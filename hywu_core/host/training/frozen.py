@@ -46,8 +46,12 @@ def frozen(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[None]:
 
 def refuse_untrainable(base: Any) -> None:
     """Raises:
-    MatchError: naming a part of the base that is quantised in a way that no gradient passes through.
+    MatchError: for a base whose class says so (`untrainable`, a reason), and naming a part that is quantised in a way that no
+        gradient passes through.
     """
+    reason = getattr(base, "untrainable", "")
+    if reason:
+        raise MatchError(f"Generators cannot be trained on this base: {reason}. Train on another base.")
     for path, module in base.diffusion_model.named_modules():
         if is_linear(module):
             continue

@@ -141,7 +141,7 @@ class PairsOfFolder:
         reading = Reading(
             run.side, run.regime, run.text_sees_source, run.guidance, run.background, run.buckets, run.caption_dropout
         )
-        encoders = base_files.fingerprint(base.files)
+        encoders = base_files.encoders_fingerprint(base.files, run.clip_type)
         self.base = base
         kept, measured = Path(run.output) / KEPT, reading._replace(caption_dropout=0.0)
         self.sets = [EncodedPairs(pairs, kept, encoders, reading), EncodedPairs(held_out, kept, encoders, measured)]

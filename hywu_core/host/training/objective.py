@@ -6,8 +6,10 @@ Letters: B batch of one pass through the base. One pass serves samples that each
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -30,13 +32,31 @@ from .carried import Carried
 from .frozen import frozen, refuse_untrainable
 
 WITH_BACKWARD = 3  # times what the host reckons with for a pass without one
+HEADROOM = 8  # how far below 1 the gradient of an element of the output begins in float16
+
+
+class Divided(torch.autograd.Function):
+    """The same value, whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, number: float) -> Tensor:
+        ctx.number = number
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.number, None
 
 
 class GraphFactor:
-    """A factor that carries a graph, where a bank for inference has weights."""
+    """A factor that carries a graph, where a bank for inference has weights.
 
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
+    Args:
+        loss_scale: by which the loss was multiplied; gradients are divided by it once they are in the factor's own type.
+    """
+
+    def __init__(self, tensor: Tensor, loss_scale: float = 1.0):
+        self.tensor = tensor if loss_scale == 1 else Divided.apply(tensor, loss_scale)
 
     @contextmanager
     def near(self, x: Tensor) -> Iterator[Tensor]:
@@ -54,8 +74,9 @@ class Noised(NamedTuple):
 
 
 class DiffusionObjective:
-    """The base's own diffusion loss: mean((denoised - x0)^2) / sigma^2, which is the flow-matching loss of flow models and
-    the noise-prediction loss of others. What else the MODEL carries acts as it does in sampling, see `Carried`.
+    """The base's own diffusion loss: the mean square of how far its prediction is from the right one, so the flow-matching
+    loss of flow models, the noise-prediction loss of others and the v-prediction loss where that is predicted. What else the
+    MODEL carries acts as it does in sampling, see `Carried`.
 
     Args:
         patcher: the frozen base. It is loaded on use and left as it was found.
@@ -97,7 +118,7 @@ class DiffusionObjective:
 
     def room(self, sample: Sample, count: int) -> int:
         """Bytes that a pass of `count` such samples is thought to need beside the weights, backward included."""
-        return WITH_BACKWARD * int(self.base.memory_required((count, *sample.latent.shape)))
+        return pass_room(self.base, sample.latent.shape, sample.conditioning, count)
 
     def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
         """See `hywu_core.training.trainer.Objective`."""
@@ -105,9 +126,10 @@ class DiffusionObjective:
             losses = torch.empty(len(draws))
             for group in self._groups(draws):
                 noised = self._noised([draws[index] for index in group], None)
-                with self.in_training(chosen(lora, group, len(draws)), noised.sigma):
+                scale = self._loss_scale(noised, share)
+                with self.in_training(chosen(lora, group, len(draws)), noised.sigma, scale):
                     found = self._losses(noised)
-                    (found.sum() * share).backward()
+                    (found.sum() * share * scale).backward()
                 losses[group] = found.detach().cpu()
         return losses
 
@@ -127,8 +149,16 @@ class DiffusionObjective:
         """The loss of every sample (B,), graph kept."""
         conds = self._conds(noised.entries, noised.noisy)
         denoised = self.carried.call(self.base, noised.noisy, noised.sigma, conds)
-        spread = _like(noised.sigma, noised.latents)
+        spread = _like(prediction_spread(self.base.model_sampling, noised.sigma), noised.latents)
         return ((denoised - noised.latents) / spread).float().square().flatten(1).mean(dim=1)
+
+    def _loss_scale(self, noised: Noised, share: float) -> float:
+        """What the loss is multiplied by on its way back: the gradient of its mean over a latent's elements is too small for
+        float16. A fixed power of two, so that a resumed run is exact.
+        """
+        if self.train_base or self.base.get_dtype_inference() != torch.float16:
+            return 1.0
+        return 2.0 ** math.floor(math.log2(noised.latents[0].numel() / share / HEADROOM))
 
     def _noised(self, draws: Sequence[Draw], percent: float | None) -> Noised:
         device = self.patcher.load_device
@@ -181,14 +211,15 @@ class DiffusionObjective:
         return tuple(name.strip() for name in wanted.split(","))
 
     @contextmanager
-    def in_training(self, lora: InstanceLora | None, sigma: Tensor) -> Iterator[None]:
+    def in_training(self, lora: InstanceLora | None, sigma: Tensor, loss_scale: float = 1.0) -> Iterator[None]:
         """For the time of the block, the host in training mode, LoRAs beside the base, in-place operations made safe."""
         before = comfy.model_management.in_training, self.base.current_patcher
         comfy.model_management.in_training = True
         self.base.current_patcher = self.patcher
         adapters = self.carried.adapters(self.base.model_sampling, sigma)
+        factor = partial(GraphFactor, loss_scale=loss_scale)
         for found in () if lora is None else match(lora, self.base).matched:
-            adapters.setdefault(found.module, []).append((Adapter(found, lora.scale, GraphFactor), 1.0))
+            adapters.setdefault(found.module, []).append((Adapter(found, lora.scale, factor), 1.0))
         try:
             with ExitStack() as undo:
                 undo.enter_context(requiring_gradients(self.base.diffusion_model, self.train_base))
@@ -213,6 +244,27 @@ class DiffusionObjective:
                 f"No gradient passes through what the MODEL carries: {', '.join(self.carried.foreign)} ({error}). Wire the "
                 "MODEL from before the nodes that added it."
             ) from error
+
+
+def pass_room(base: Any, shape: Sequence[int], conditioning: Any, count: int) -> int:
+    """Bytes that a pass of `count` samples is thought to need beside the weights, backward included: as the host reckons,
+    source pictures included.
+
+    Args:
+        shape: of one latent. conditioning: its entry, as the base reads it.
+    """
+    options = comfy.sampler_helpers.convert_cond([conditioning])[0]
+    shapes = {name: [found] * count for name, found in base.extra_conds_shapes(**options).items()}
+    return WITH_BACKWARD * int(base.memory_required((count, *shape), cond_shapes=shapes))
+
+
+def prediction_spread(model_sampling: Any, sigma: Tensor) -> Tensor:
+    """(B,) how much the denoised latent moves with what the base predicts: sigma for flow and noise, other for others."""
+    at = sigma.unsqueeze(1)
+    one, nothing = torch.ones_like(at), torch.zeros_like(at)
+    moved = model_sampling.calculate_denoised(sigma, one, nothing)
+    still = model_sampling.calculate_denoised(sigma, nothing, nothing)
+    return (moved - still).abs().flatten()
 
 
 @contextmanager

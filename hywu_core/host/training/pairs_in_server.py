@@ -94,7 +94,10 @@ def fingerprint(name: str) -> str:
 
 def _encoders(clip: Any, vae: Any) -> str:
     """Tells what other encoders made of the same pictures apart, as long as the server runs."""
-    return " ".join(str(owner.patcher.clone_base_uuid) + str(owner.patcher.patches_uuid) for owner in (clip, vae))
+    weights = [f"{owner.patcher.clone_base_uuid}{owner.patcher.patches_uuid}" for owner in (clip, vae)]
+    # which a clone of a CLIP has of its own, while its weights are the same
+    settings = clip.layer_idx, sorted(clip.tokenizer_options.items())
+    return f"{' '.join(weights)} {settings}"
 
 
 def _sheet(pairs: list[Pair], reading: Reading) -> Tensor:

@@ -196,7 +196,8 @@ class Session:
         self.begun = begun(self.folder) if self.main else ""
         trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
         pairs = self.task.pairs if self.objective else None
-        self._room = self._needed(trainable, config, _largest(pairs) if pairs else None)
+        processes = communication.processes
+        self._room = self._needed(trainable, config, processes, _largest(pairs) if pairs else None)
         size = summary(self.generator.config, self.patcher.model_size())
         needed = Message(
             "{generator}, about {room} GB of memory beside the base while it is trained.",
@@ -204,11 +205,10 @@ class Session:
             room=f"{self._room / 1e9:.1f}",
         )
         self.front.say(needed)
-        at_once = config.micro_batch or config.batch
         refuse_beyond(
             self.patcher.load_device,
             self._room,
-            f"Training with {at_once} pairs at a time",
+            f"Training with {config.micro_batch or _share(config.batch, processes)} pairs at a time",
             "Set micro_batch to a smaller number than batch_size: the same steps, less at a time. Or use smaller pictures.",
         )
         self.load()
@@ -324,15 +324,18 @@ class Session:
     def _teachers(self) -> list[comfy.model_patcher.ModelPatcher]:
         return [patcher for found in self.task.lessons for patcher in found.patchers]
 
-    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, pair: Sample | None) -> int:
-        """Bytes beside the weights, for a run on pairs no larger than one, or on lessons in weight space alone."""
+    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, processes: int, pair: Sample | None) -> int:
+        """Bytes beside the weights of one process, for a run on pairs no larger than one, or on lessons in weight space
+        alone.
+        """
         weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
         samples = [*([pair] if pair else ()), *(found.lesson.samples[0] for found in self.task.lessons)]
         length = max(sample.condition.shape[0] for sample in samples)
         graph = graph_bytes(self.generator.config, length, trainable.dtype, self.generator.checkpoint_blocks)
-        most = max([config.batch] * bool(pair) + [found.lesson.batch for found in self.task.lessons])
+        batch = _share(config.batch, processes)
+        most = max([batch] * bool(pair) + [_share(found.lesson.batch, processes) for found in self.task.lessons])
         graphs = graph * min(most, trainable.graphs_at_once(samples))
-        room = self.objective.room(pair, config.micro_batch or config.batch) if pair else 0
+        room = self.objective.room(pair, config.micro_batch or batch) if pair else 0
         return COPIES * weights + graphs + room
 
     def _identity(self, config: TrainConfig) -> Mapping[str, Any]:
@@ -356,7 +359,10 @@ class Session:
         }
         if self._met is None:
             self._met = self._with_what_it_meets(self.task.handle.config.hywu)
-        hywu = {**self._met, "training": asdict(config) | self.task.provenance | about}
+        # what the base reads stays known where this run does not say it, as with lessons of LoRA files alone
+        told = knowledge.reads(self.task.handle.config.hywu)
+        before = {"regime": told} if told else {}
+        hywu = {**self._met, "training": before | asdict(config) | self.task.provenance | about}
         step = {"kind": self.task.kind, "from": self.task.handle.fingerprint, "begun": self.begun, **self._learned()}
         return continued(hywu, step, self.task.instructions, self.task.known)
 
@@ -422,6 +428,11 @@ class Session:
         asked = (self.folder / FINISH).exists()
         (self.folder / FINISH).unlink(missing_ok=True)
         return asked
+
+
+def _share(batch: int, processes: int) -> int:
+    """The most that one process has of a batch."""
+    return -(-batch // processes)
 
 
 def _cell(model: comfy.model_patcher.ModelPatcher) -> int:
