@@ -72,7 +72,9 @@ class HYWUBlendLoRAs(io.ComfyNode):
         given = [store.as_instance_lora(lora) for lora in loras.values()]
         numbers = [value for name, value in (sliders or {}).items() if name != "sliders"]
         blended = store.blend_of(given, weights, numbers, max_rank)
-        return io.NodeOutput(blended, store.for_the_host(blended), ui=cards.outputs(lora_cards.inspected(blended)))
+        return io.NodeOutput(
+            blended, store.output_for_the_host(blended), ui=cards.outputs(lora_cards.inspected(blended))
+        )
 
 
 class HYWUInspectLoRA(io.ComfyNode):

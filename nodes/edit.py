@@ -109,7 +109,7 @@ class HYWUEdit(io.ComfyNode):
         words = edit.Words(conditioning, clip, instruction, empty)
         how = edit.How(strength, mode, start_percent, end_percent, keep_gb)
         done = edit.edit(model, generator, words, edit.Picture(latent, image, vae), how, clip_vision_output)
-        return io.NodeOutput(*done[:-1], store.for_the_host(done.lora), ui=cards.outputs(done.card))
+        return io.NodeOutput(*done[:-1], store.output_for_the_host(done.lora), ui=cards.outputs(done.card))
 
 
 NODES = [HYWUEdit]

@@ -151,7 +151,7 @@ class HYWUGenerateLoRA(io.ComfyNode):
     def execute(cls, generator, condition, keep_gb=0.0, more_conditions: io.Autogrow.Type = None):
         first, *more = map(conditions.as_condition, (condition, *(more_conditions or {}).values()))
         lora, card = generator_cards.generate(generator, first, keep_gb, more)
-        return io.NodeOutput(lora, store.for_the_host(lora), ui=cards.outputs(card))
+        return io.NodeOutput(lora, store.output_for_the_host(lora), ui=cards.outputs(card))
 
 
 NODES = [HYWULoadGenerator, HYWUCondition, HYWUGenerateLoRA]

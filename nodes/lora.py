@@ -131,7 +131,7 @@ class HYWULoadLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora, model=None):
         loaded = store.load(lora, model)
-        return io.NodeOutput(loaded, store.for_the_host(loaded))
+        return io.NodeOutput(loaded, store.output_for_the_host(loaded))
 
 
 NODES = [HYWUApplyLoRA, HYWUSaveLoRA, HYWULoadLoRA]

@@ -239,7 +239,7 @@ class HYWULearnFromLoRAs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **_inputs):
-        return in_server.modified(folder[0])
+        return in_server.fingerprint(folder[0])
 
     @classmethod
     def execute(

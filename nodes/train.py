@@ -267,7 +267,7 @@ class HYWUTrainGenerator(io.ComfyNode):
                     default=SessionOptions.if_exists,
                     optional=True,
                     tooltip="If there is a run of this name: resume goes on with it, if it is about the same pairs, base and "
-                    "settings; restart deletes its state and begins anew, every time it is queued; refuse is an error.",
+                    "settings; restart deletes its state and begins anew; refuse is an error.",
                 ),
                 io.Int.Input(
                     "keep_every",

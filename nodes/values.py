@@ -33,7 +33,7 @@ class HYWUPickLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora, index):
         chosen = store.as_instance_lora(lora).select(index)
-        return io.NodeOutput(chosen, store.for_the_host(chosen), ui=cards.outputs(lora_cards.inspected(chosen)))
+        return io.NodeOutput(chosen, store.output_for_the_host(chosen), ui=cards.outputs(lora_cards.inspected(chosen)))
 
 
 class HYWULoRAByBlock(io.ComfyNode):
@@ -63,7 +63,9 @@ class HYWULoRAByBlock(io.ComfyNode):
     @classmethod
     def execute(cls, lora, rules):
         changed = by_block.by_block(store.as_instance_lora(lora), rules)
-        return io.NodeOutput(changed, store.for_the_host(changed), ui=cards.outputs(lora_cards.inspected(changed)))
+        return io.NodeOutput(
+            changed, store.output_for_the_host(changed), ui=cards.outputs(lora_cards.inspected(changed))
+        )
 
 
 class HYWUHookLoRA(io.ComfyNode):

@@ -7,6 +7,7 @@ import { api } from "../../scripts/api.js";
 const KEY = "hywu_card";
 const EVENT = "hywu.card";
 const WIDGET = "hywu_card";
+const OURS = "HYWU"; // what the types of this pack's nodes begin with
 const LEAST_WIDTH = 300;
 const ROOM = 24; // what the frontend leaves free around a DOM widget, above and below
 const SVG = "http://www.w3.org/2000/svg";
@@ -136,7 +137,8 @@ function widgetOf(node) {
 
 function show(path, cards) {
   const node = nodeOf(path);
-  if (!node?.addDOMWidget) return;
+  // another workflow may be open, in which the id is another node's
+  if (!node?.addDOMWidget || !String(node.comfyClass ?? node.type).startsWith(OURS)) return;
   const { pages } = widgetOf(node);
   pages.replaceChildren(...cards.map(pageOf));
   fit(node);

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..lora import InstanceLora, LoraFactor
 from .safetensors import open_safetensors, write_safetensors
 
 SUFFIX = ".lora.safetensors"
+ABANDONED = 86400.0  # seconds after which a file that was being written is nobody's
 VERSION = "1"  # of what is written; a change makes old entries unknown
 
 
@@ -89,6 +91,11 @@ class LoraCache:
     def _evict(self, newest: str) -> None:
         """Remove the least recently used entries until the rest fits; others may do the same at the same time."""
         entries = []
+        for path in self.folder.glob(".*.tmp"):
+            with suppress(OSError):
+                # of a process that was killed: nobody writes for so long
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
         for path in self.folder.glob(f"*{SUFFIX}"):
             with suppress(OSError):
                 about = path.stat()

@@ -82,9 +82,10 @@ class Watch:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def _look(self, context: Tensor, kinds: list[int]) -> None:
-        rows = context.unflatten(0, (len(kinds), -1))[list(kinds).index(POSITIVE)]
-        if rows.ndim != 3:
+        # another wrapper may have divided the batch otherwise
+        if context.ndim != 3 or len(context) % len(kinds):
             return
+        rows = context.unflatten(0, (len(kinds), -1))[list(kinds).index(POSITIVE)]
         apart = (_digest(rows) - self.read).norm(dim=-1) / self.read.norm().clamp(min=1e-6)
         told, before = bool((apart < NEAR).any()), self._noticed
         self._noticed = told != (self.regime == knowledge.TOLD)

@@ -26,8 +26,10 @@ class RunLog:
         folder: of the run; made if needed.
         done: steps that are done already.
         lessons: names of those in weight space, whose distances get a column each.
+    Rows of a file that is held by another program (under Windows a spreadsheet does) are written as soon as it is free.
+
     Raises:
-        SaveError: here and later, if a file cannot be written.
+        SaveError: if a file cannot be read or made.
     """
 
     def __init__(self, folder: Path, done: int = 0, lessons: Sequence[str] = ()):
@@ -36,12 +38,13 @@ class RunLog:
         self.losses = [float(row["loss"]) for row in _keep(self.path, self.columns, done)]  # one for each step
         _keep(self._validation, VALIDATION_COLUMNS, done)
         self._board = _board(Path(folder) / BOARD, done)
+        self._waiting: dict[Path, list[Sequence[float]]] = {}
 
     def step(self, report: StepReport) -> None:
         self.losses.append(report.loss)
         *numbers, distances = report
         row = (*numbers, *distances)
-        _add(self.path, row)
+        self._add(self.path, row)
         self.values(report.step, dict(zip(self.columns[1:], row[1:], strict=True)))
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
@@ -52,18 +55,36 @@ class RunLog:
 
     def validation(self, step: int, loss: float, base: float) -> None:
         """Add the loss on held-out pairs after a step, and the base's own on the same pairs."""
-        _add(self._validation, (step, loss, base))
+        self._add(self._validation, (step, loss, base))
         self.values(step, {"validation_loss": loss, "validation_loss_of_the_base": base})
 
     def close(self) -> None:
-        """End TensorBoard's thread."""
+        """Write what is waiting, and end TensorBoard's thread."""
+        for path, rows in self._waiting.items():
+            if rows and not self._written(path):
+                logging.warning("HY-WU: %d rows are missing in %s.", len(rows), path)
         if self._board:
             self._board.close()
 
+    def _add(self, path: Path, row: Sequence[float]) -> None:
+        rows = self._waiting.setdefault(path, [])
+        rows.append(row)
+        if not self._written(path) and len(rows) == 1:
+            logging.warning(
+                "HY-WU: the log %s cannot be written. Something holds it, such as a spreadsheet, or the disk is full. The "
+                "run goes on, and its rows are written as soon as they can be.",
+                path,
+            )
 
-def _add(path: Path, row: Sequence[float]) -> None:
-    with _opened(path, "a") as file:
-        csv.writer(file).writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
+    def _written(self, path: Path) -> bool:
+        rows = self._waiting[path]
+        try:
+            with _opened(path, "a") as file:
+                csv.writer(file).writerows([row[0], *(f"{value:.6g}" for value in row[1:])] for row in rows)
+        except SaveError:
+            return False
+        rows.clear()
+        return True
 
 
 def _keep(path: Path, columns: Sequence[str], done: int) -> list[dict[str, str]]:

@@ -86,3 +86,12 @@ def test_processes_share_a_folder(tmp_path):
     assert [worker.wait(300) for worker in workers] == [0, 0]
     assert {path.name.endswith(SUFFIX) for path in tmp_path.iterdir()} == {True}
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= ROOM + 20_000
+
+
+def test_what_a_killed_process_left_half_written_leaves_after_a_day(tmp_path):
+    old, young = tmp_path / ".a.lora.safetensors.host.7.tmp", tmp_path / ".b.lora.safetensors.host.7.tmp"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    LoraCache(tmp_path, 10**9).get("0", lambda: lora(0))
+    assert young.exists() and not old.exists()

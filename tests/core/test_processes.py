@@ -124,11 +124,12 @@ def largest_difference(one, other):
 
 @STACKS
 def test_two_processes_train_as_one(further):
-    (one,), _ = together([Quadratic()], further=further)
-    pair, raised = together([Quadratic(), Quadratic()], further=further)
+    # how float32 rounds sums of other parts differs from processor to processor
+    (one,), _ = together([Quadratic()], further=further, dtype=torch.float64)
+    pair, raised = together([Quadratic(), Quadratic()], further=further, dtype=torch.float64)
     assert raised == [None, None]
     assert largest_difference(*pair) == 0
-    assert largest_difference(one, pair[0]) < 1e-5
+    assert largest_difference(one, pair[0]) < 1e-10
 
 
 @pytest.mark.parametrize("objective", [Quadratic, lambda: None], ids=["beside the loss", "alone"])

@@ -6,6 +6,7 @@ import comfy.utils
 import families
 import pytest
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 from other_tools import (
     STRENGTH,
     dora,
@@ -25,6 +26,7 @@ from other_tools import (
 from safetensors.torch import save_file
 
 from hywu_core import InstanceLora, LoraError, LoraFactor, MatchError
+from hywu_core.by_block import by_block
 from hywu_core.files.lora_files import save_lora, to_state_dict
 from hywu_core.host.lora import charts, foreign, store
 from hywu_core.host.lora.apply import applied_loras, apply_lora
@@ -298,9 +300,31 @@ def test_a_picture_from_a_file_of_the_hosts_trainer(tmp_path):
 
 def test_it_stays_a_value():
     lora = foreign.read(with_bias("lora_unet_a_b", (8, 8)) | dora("lora_unet_c", (8, 8)))
-    assert lora.names == lora.foreign == ("lora_unet_a_b",) and len(lora.parts) == 1
+    assert lora.names == lora.foreign == ("lora_unet_a_b",) and len(lora.parts) == 2
     half = lora.scaled(0.5).with_metadata(note=1).to(dtype=torch.float16).select(0)
     assert half.parts[0].strength == 0.5 and half.foreign == lora.foreign and lora.parts[0].strength == 1
     assert isinstance(half.parts[0], tuple) and half.elements == lora.elements
     same = InstanceLora({"lora_unet_a_b": LoraFactor(*lora.pairs[0])})
     assert not same.foreign and not same.parts
+
+
+def test_rules_reach_what_is_no_pair_block_by_block():
+    names = [f"diffusion_model.transformer_blocks.{layer}.attn.to_q" for layer in range(3)]
+    state = {}
+    for name in names:
+        state |= with_bias(name, (32, 32))
+    changed = by_block(foreign.read(state), "0: 0\n2: 0.5")
+    assert {part.keys[0].split(".")[2]: part.strength for part in changed.parts} == {"0": 0.0, "1": 1.0, "2": 0.5}
+    assert [bool(pair.up.any()) for pair in changed.pairs] == [False, True, True]
+    both = by_block(foreign.read(loha(names[0], (32, 32)) | loha(names[1], (32, 32))), "1: 0.5")
+    assert [part.strength for part in both.parts] == [1.0, 0.5]
+
+
+def test_what_no_file_can_hold_ends_only_what_takes_a_file_of_it():
+    first, second = (f"diffusion_model.transformer_blocks.{layer}.attn.to_q" for layer in range(2))
+    mixed = blend([foreign.read(loha(name, (32, 32))) for name in (first, second)], [0.5, 0.5])
+    blocked = store.output_for_the_host(mixed)
+    assert isinstance(blocked, ExecutionBlocker) and "another strength" in blocked.message
+    assert len(apply_lora(model_of("qwen_image"), mixed, 1.0, "auto")[1].patches) == 2
+    with pytest.raises(LoraError, match="another strength"):
+        store.for_the_host(mixed)

@@ -92,6 +92,11 @@ def test_a_changed_folder_is_read_again_and_bad_ones_are_named(loaded, folder):
     assert pairs_in_server.fingerprint("pairs") == before
     (folder / "target" / "a.txt").write_text("something else entirely", encoding="utf-8")
     assert pairs_in_server.fingerprint("pairs") != before
+    (folder / "target" / "b.caption").write_text("a caption of another trainer", encoding="utf-8")
+    before = pairs_in_server.fingerprint("pairs")
+    (folder / "target" / "b.caption").write_text("a changed one of another trainer", encoding="utf-8")
+    assert pairs_in_server.fingerprint("pairs") != before
+    (folder / "target" / "b.caption").unlink()
     assert load(loaded).instructions[0] == "something else entirely"
     (folder / "control" / "a.png").write_bytes(b"not a picture")
     with pytest.raises(PairError, match=r"a\.png"):

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import comfy.model_management
 import folder_paths
@@ -431,3 +433,25 @@ def test_training_drops_nothing_that_memory_needs_in_silence(studio):
         trained(studio, handle(), memory=1.0)
     with pytest.raises(lessons.LessonError, match="no effect with a memory of 0"):
         trained(studio, handle(), remember=in_server.Remember(studio.clip), memory=0.0)
+
+
+def test_folders_of_one_name_in_two_roots_are_both_there(studio, output, monkeypatch):
+    roots = [str(output / "models" / "loras"), str(output / "output" / "loras")]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", (roots, {".safetensors"}))
+    for root in roots:
+        files(Path(root), studio)
+    folder_paths.filename_list_cache.pop("loras", None)
+    assert in_server.lora_folders() == [".", "output/loras"]
+    assert [str(in_server.lora_folder(name)) for name in (".", "output/loras")] == roots
+
+
+def test_an_older_file_put_into_a_folder_and_one_taken_out_are_noticed(studio, output):
+    files(output / "loras", studio)
+    found = [in_server.fingerprint(".")]
+    old = output / "loras" / "older.safetensors"
+    old.write_bytes((output / "loras" / "2.safetensors").read_bytes())
+    os.utime(old, (1000, 1000))
+    found.append(in_server.fingerprint("."))
+    (output / "loras" / "2.safetensors").unlink()
+    found.append(in_server.fingerprint("."))
+    assert len(set(found)) == 3

@@ -7,7 +7,7 @@ The host's loader asks for names that a MODEL has. Without one, it is asked for 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import comfy.lora
@@ -69,8 +69,7 @@ def read(state: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -
             + (f"The first key is {next(iter(state))}. " if state else "The file is empty. ")
             + "Choose a LoRA; a checkpoint belongs into the loader of its kind."
         )
-    parts = [Part(tuple(rest), tuple(rest.values()))] if rest else []
-    return assemble(one_each(pairs), own_metadata(header or {}), foreign, parts)
+    return assemble(one_each(pairs), own_metadata(header or {}), foreign, _parts(rest, found))
 
 
 def patches_of(part: Part, table: Mapping[str, Any]) -> dict[str, list[Patch]]:
@@ -94,7 +93,7 @@ def respelled(part: Part, table: Mapping[str, Any]) -> Part:
     stems = set(_by_name(state))
     keys = {}
     for key, tensor in state.items():
-        stem = next(name for name in _possible_names([key]) if name in stems)
+        stem = _stem(key, stems)
         target = table.get(stem)
         if target is None and not of_text_encoder(stem):
             continue
@@ -129,6 +128,19 @@ def _by_name(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         end = next(end for end in (WEIGHT, BIAS) if key.endswith(end))
         found.setdefault(key.removesuffix(end), {})[end] = value
     return found
+
+
+def _parts(state: Mapping[str, Tensor], stems: Mapping[str, Any]) -> list[Part]:
+    """What is no low-rank pair, a part for each name in the file, so that each can have a strength of its own."""
+    keys_of: dict[str, list[str]] = {}
+    for key in state:
+        keys_of.setdefault(_stem(key, stems), []).append(key)
+    return [Part(tuple(keys), tuple(state[key] for key in keys)) for keys in keys_of.values()]
+
+
+def _stem(key: str, stems: Container[str]) -> str:
+    """The name that a key belongs to."""
+    return next(name for name in _possible_names([key]) if name in stems)
 
 
 def _host_read(state: Mapping[str, Tensor], table: Mapping[str, Any]) -> dict[Any, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...errors import LoraError, SaveError
 from ...files.atomic import no_empty_folders
@@ -121,6 +122,14 @@ def for_the_host(lora: InstanceLora) -> dict[str, torch.Tensor]:
     if said := remarks(lora, "stock"):
         logging.warning("HY-WU: of the output lora_model, %s", said)
     return to_state_dict(lora.select(0))
+
+
+def output_for_the_host(lora: InstanceLora) -> dict[str, torch.Tensor] | ExecutionBlocker:
+    """The same as a node's output: what no file can hold can still be applied, so it ends only what takes the LORA_MODEL."""
+    try:
+        return for_the_host(lora)
+    except LoraError as error:
+        return ExecutionBlocker(str(error))
 
 
 def beside_the_pairs(loras: Sequence[InstanceLora]) -> str:

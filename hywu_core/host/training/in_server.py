@@ -5,6 +5,7 @@ What a run leaves behind is below <output>/hywu/<name>; generators that are kept
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -18,6 +19,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ...errors import SaveError
 from ...files.atomic import atomic_write
 from ...files.names import below
 from ...lineage import instructions as as_kept
@@ -182,8 +184,8 @@ def _result(found: teach.Result, front: ServerFront) -> Result:
 
 
 def lora_folders() -> list[str]:
-    """Folders below the host's folders of LoRAs that hold files, to choose from; "." is one of those folders itself."""
-    return sorted({Path(name).parent.as_posix() for name in folder_paths.get_filename_list(LORA_FOLDER)})
+    """Folders below the host's folders of LoRAs that hold files, to choose from; "." is the first of those folders itself."""
+    return sorted(_lora_folders())
 
 
 def lora_folder(name: str) -> Path:
@@ -192,17 +194,30 @@ def lora_folder(name: str) -> Path:
     Raises:
         LessonError: if none of the host's folders has it.
     """
-    roots = folder_paths.get_folder_paths(LORA_FOLDER)
-    for root in roots:
-        path = Path(os.path.normpath(os.path.join(root, name)))
-        if path.is_relative_to(os.path.normpath(root)) and any(path.glob("*.safetensors")):
-            return path
-    raise LessonError(f"There is no folder {name!r} with LoRA files in {', '.join(roots)}.")
+    found = _lora_folders().get(name)
+    if found is None:
+        roots = folder_paths.get_folder_paths(LORA_FOLDER)
+        raise LessonError(f"There is no folder {name!r} with LoRA files in {', '.join(roots)}.")
+    return found
 
 
-def modified(name: str) -> float:
-    """When the newest file of a folder of LoRAs changed, so that it is learned from again."""
-    return max(path.stat().st_mtime for path in lora_folder(name).iterdir())
+def _lora_folders() -> dict[str, Path]:
+    """By their names. Where two roots have folders of one name, the later one's begins with the root's own: output/loras."""
+    below = {Path(name).parent.as_posix() for name in folder_paths.get_filename_list(LORA_FOLDER)}
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths(LORA_FOLDER)):
+        for name in sorted(below):
+            path = Path(os.path.normpath(root / name))
+            if any(path.glob("*.safetensors")):
+                longer = Path(root.parent.name, root.name, name).as_posix()
+                found.setdefault(longer if name in found else name, path)
+    return found
+
+
+def fingerprint(name: str) -> str:
+    """Changes with every file of a folder of LoRAs, so that it is learned from again."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in lora_folder(name).iterdir())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def run_folder(name: str) -> Path:
@@ -260,8 +275,12 @@ class ServerFront(Front):
         # the VAE may have taken the room
         session.load()
         name = f"step-{session.trainer.done:06}.png"
-        with atomic_write(self.folder / name) as temporary:
-            sheet.save(temporary, format="PNG")
+        try:
+            with atomic_write(self.folder / name) as temporary:
+                sheet.save(temporary, format="PNG")
+        except SaveError as error:
+            logging.warning("HY-WU: %s The run goes on.", error)
+            return
         below_output = os.path.relpath(self.folder, folder_paths.get_output_directory())
         self._picture = {"filename": name, "subfolder": Path(below_output).as_posix(), "type": "output"}
 

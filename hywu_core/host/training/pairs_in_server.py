@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .. import pictures, progress
-from .pair_lists import LISTS, PICTURES, PairError
+from .pair_lists import CAPTIONS, LISTS, PICTURES, PairError, rows_of
 from .pairs_of_folder import EncodedPairs, Encoders, Pair, Reading, read_pairs
 
 KEPT = "hywu-pairs"  # below the host's temporary folder, which it empties when it starts
@@ -84,9 +85,13 @@ def folder_of(name: str) -> Path:
 
 def fingerprint(name: str) -> str:
     """Changes with every list, text and picture of a folder."""
-    found = hashlib.sha256()
-    for path in sorted(folder_of(name).rglob("*")):
-        if path.suffix.lower() in PICTURES or path.suffix == ".txt" or path.name in LISTS:
+    found, folder = hashlib.sha256(), folder_of(name)
+    paths = {path for path in folder.rglob("*") if path.suffix.lower() in (*PICTURES, *CAPTIONS) or path.name in LISTS}
+    with suppress(PairError):  # which is said when the node runs
+        # a list may name pictures of other folders
+        paths |= {path for row in rows_of(folder)[0] for path in (row.source, row.target)}
+    for path in sorted(paths):
+        with suppress(OSError):
             about = path.stat()
             found.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
     return found.hexdigest()

@@ -9,6 +9,7 @@ been its last.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ import torch
 
 from ... import knowledge
 from ...condition import text_of
-from ...errors import HywuError
+from ...errors import HywuError, SaveError
 from ...files.checkpoint import save_generator
 from ...lineage import continued
 from ...lora import InstanceLora
@@ -394,7 +395,7 @@ class Session:
         if options.validate_every and (last or done % options.validate_every == 0):
             self._validate(report.step)
         if self.main and options.keep_every and done % options.keep_every == 0:
-            self.keep(self.front.generator_file(done))
+            self._keep_snapshot(self.front.generator_file(done))
         if self.main:
             recent = self.log.losses[-RECENT:]
             seconds = (time.monotonic() - self._began[0]) / (done - self._began[1])
@@ -406,6 +407,13 @@ class Session:
         if not last and anywhere(trainer.communication, self.front.asked_to_stop()):
             raise StoppedError(f"Stopped after step {done}. The same command goes on.")
         return anywhere(trainer.communication, self.main and self._asked_to_finish())
+
+    def _keep_snapshot(self, path: Path) -> None:
+        """One that is held by another program does not end the run."""
+        try:
+            self.keep(path)
+        except SaveError as error:
+            logging.warning("HY-WU: %s The run goes on.", error)
 
     def _validate(self, step: int) -> None:
         trainer, held_out, limit = self.trainer, self.task.held_out, self.options.held_out_limit
