@@ -79,6 +79,13 @@ def test_what_the_base_is_told_is_compared_with_training(regime, positive, notic
     assert [card.level for card in shown] == ([cards.NOTICE] if noticed else [])
 
 
+def test_a_batch_that_another_wrapper_divided_is_not_looked_at():
+    shown = []
+    watch = told.Watch(told._digest(READ)[0], "blind", shown.append, cards.Card("The LoRA is on the model"))
+    options = {"sample_sigmas": torch.ones(3), "cond_or_uncond": [1, 0]}
+    assert watch(lambda *arguments, **_: "ran", None, None, None, READ, None, options) == "ran" and not shown
+
+
 def test_a_lora_that_does_not_say_what_it_was_made_from_is_not_watched():
     model = families.flux().model.clone()
     told.watch(model, InstanceLora({}), None, cards.Card(""))
