@@ -1,4 +1,4 @@
-"""HunyuanImage-3.0-Instruct: the base that the released generator was trained for."""
+"""HunyuanImage-3.0-Instruct: the base that Tencent's generator was trained for."""
 
 from comfy_api.latest import io
 
@@ -133,7 +133,7 @@ class HYWUHunyuanImage3Edit(io.ComfyNode):
                     multiline=True,
                     default="",
                     advanced=True,
-                    tooltip="Another than the base's own, which the released generator was trained with. Empty: its own.",
+                    tooltip="Another than the base's own, which Tencent's generator was trained with. Empty: its own.",
                 ),
             ],
             outputs=[

@@ -66,7 +66,7 @@ class HYWUNewGenerator(io.ComfyNode):
                     options=list(SOURCES),
                     default=next(iter(SOURCES)),
                     tooltip="What of it the generator reads. The source picture is its reference latent. hidden states of "
-                    "the base is the way of the released generator: wire the model into HY-WU Condition for the example.",
+                    "the base is Tencent's way: wire the model into HY-WU Condition for the example.",
                 ),
                 io.Combo.Input(
                     "size",
@@ -76,7 +76,7 @@ class HYWUNewGenerator(io.ComfyNode):
                     "1024 with 12.",
                 ),
                 io.Int.Input(
-                    "rank", default=16, min=1, max=256, tooltip="Rank of the LoRAs. The released generator has 16."
+                    "rank", default=16, min=1, max=256, tooltip="Rank of the LoRAs. Tencent's generator has 16."
                 ),
                 io.Float.Input(
                     "alpha",

@@ -39,13 +39,14 @@ QUIET = {  # nothing lies over the canvas, and text is drawn however small
     "Comfy.Minimap.Visible": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
+SHARED = ROOT / "hywu_core" / "bases" / "pocket" / "weights" / "shared.safetensors"
 GRAPHS = {"quickstart": "quickstart.png", "train": "train.png"}  # template -> the README's picture of its graph
 
 
 def templates(known: dict[str, Any]) -> list[tuple[str, dict]]:
     """(name, workflow) of all, those that can be run first: a node's picture is best where it has run."""
     found = [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(TEMPLATES.glob("*.json"))]
-    return sorted(found, key=lambda one: (not runs(one[1], known), "train" in one[0], one[0]))
+    return sorted(found, key=lambda one: (not runs(one[1], known), one[0] not in GRAPHS, "train" in one[0], one[0]))
 
 
 def runs(workflow: dict, known: dict[str, Any]) -> bool:
@@ -168,14 +169,14 @@ def named(page: Path) -> None:
 
 
 def alone(browser: Any, server: HostServer, nodes: list[str]) -> Iterator[tuple[str, Image.Image]]:
-    page = open_page(browser, server)
     for node in nodes:
+        page = open_page(browser, server)  # the frontend keeps values by a node's number, also those of another graph's
         made = page.evaluate(
             "kind => { app.graph.clear(); const node = LiteGraph.createNode(kind); app.graph.add(node); return node.id; }",
             node,
         )
         yield node, picture_of(page, made)
-    page.close()
+        page.close()
 
 
 def take(browser: Any, server: HostServer, language: str, wanted: set[str], still: list[str]) -> None:
@@ -218,6 +219,9 @@ def main() -> int:
         sys.exit(f"No browser: none of {', '.join(BROWSERS)} is installed.")
     with tempfile.TemporaryDirectory() as folder, HostServer(sys.executable, arguments.host, Path(folder)) as server:
         draw_picture(server.input / PICTURE)
+        shown = server.output / "loras" / "edits" / "warm.safetensors"  # so that lists of LoRAs have something to show
+        shown.parent.mkdir(parents=True)
+        shutil.copyfile(SHARED, shown)
         ids = {name for name in server.get("/object_info") if name.startswith(PACK)}
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=path, args=FLAGS)

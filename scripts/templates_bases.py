@@ -59,6 +59,15 @@ def _trained(graph: Graph, name: str) -> Socket:
     return graph.add("HYWULoadGenerator", generator=f"{name}.safetensors")["generator"]
 
 
+def _scaled(graph: Graph, image: Socket) -> Socket:
+    """As many pixels as the pictures had that were trained on."""
+    megapixels = SIDE * SIDE / 2**20
+    return graph.add(
+        "ImageScaleToTotalPixels", "The size that was trained on", image=image, upscale_method="lanczos",
+        megapixels=megapixels,
+    )["IMAGE"]  # fmt: skip
+
+
 def _finish(graph: Graph, base: Base, latent: Socket, name: str) -> None:
     graph.column()
     after = graph.add("VAEDecode", samples=latent, vae=base.vae)["IMAGE"]
@@ -94,7 +103,7 @@ def flux_kontext_edit(graph: Graph) -> None:
         image = graph.add("LoadImage", image=PICTURE)["IMAGE"]
         generator = _trained(graph, "kontext-edits")
         graph.column()
-        scaled = graph.add("FluxKontextImageScale", image=image)["IMAGE"]
+        scaled = _scaled(graph, image)
         graph.column()
         edit = graph.add(
             "HYWUEdit", model=base.model, generator=generator, clip=base.clip, image=scaled, vae=base.vae,
@@ -121,7 +130,7 @@ def qwen_image_edit(graph: Graph) -> None:
         image = graph.add("LoadImage", image=PICTURE)["IMAGE"]
         generator = _trained(graph, "qwen-edits")
         graph.column()
-        scaled = graph.add("FluxKontextImageScale", image=image)["IMAGE"]
+        scaled = _scaled(graph, image)
         graph.column()
         told, empty = (
             graph.add("TextEncodeQwenImageEdit", title, clip=base.clip, image=scaled, prompt=text)
@@ -159,7 +168,7 @@ def flux2_klein_edit(graph: Graph) -> None:
         image = graph.add("LoadImage", image=PICTURE)["IMAGE"]
         generator = _trained(graph, "klein-edits")
         graph.column()
-        scaled = graph.add("ImageScaleToTotalPixels", image=image, upscale_method="lanczos", megapixels=1.0)["IMAGE"]
+        scaled = _scaled(graph, image)
         size = graph.add("GetImageSize", image=scaled)
         graph.column()
         edit = graph.add(
@@ -197,7 +206,7 @@ def z_image_edit(graph: Graph) -> None:
         image = graph.add("LoadImage", image=PICTURE)["IMAGE"]
         generator = _trained(graph, "z-image-edits")
         graph.column()
-        scaled = graph.add("ImageScaleToTotalPixels", image=image, upscale_method="lanczos", megapixels=1.0)["IMAGE"]
+        scaled = _scaled(graph, image)
         graph.column()
         edit = graph.add(
             "HYWUEdit", model=base.model, generator=generator, clip=base.clip, image=scaled, vae=base.vae,

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from workflow_builder import Graph, Node, Socket
 
 SIZE, LARGER = 96, 128  # longest side in pixels of what the pocket editor is given: for several edits, for one
-TAUGHT_SIZE = 64  # of what templates train on
+TAUGHT_SIZE = 64  # of what is taught, and of what is edited with a generator that was just trained
+PAIRS_SIZE = 48  # of the pairs that template train trains on: as near to that as a minute or two allows
 PICTURE = "example.png"  # comes with ComfyUI
 GENERATOR = "pocket-generator.safetensors"
 SHARED = "HY-WU pocket-shared.safetensors"
@@ -278,7 +279,7 @@ def train(graph: Graph) -> None:
         base = graph.add("HYWULoadPocketEditor")
         graph.column()
         pairs = graph.add(
-            "HYWULoadEditPairs", folder=PAIRS, clip=base["clip"], vae=base["vae"], size=32, base_reads="blind"
+            "HYWULoadEditPairs", folder=PAIRS, clip=base["clip"], vae=base["vae"], size=PAIRS_SIZE, base_reads="blind"
         )
     with graph.group("2  Train"):
         fresh = graph.add(

@@ -289,7 +289,9 @@ class ServerFront(Front):
 
     def finished(self, losses: Sequence[float], done: int, notes: Sequence[Message] = ()) -> Card:
         """What the node shows from then on."""
-        where = Message("Logs and the generator are in {folder}.", folder=self.folder)
+        # as an artist looks for it
+        shown = os.path.relpath(self.folder, os.path.dirname(folder_paths.get_output_directory()))
+        where = Message("Logs and the generator are in {folder}.", folder=Path(shown).as_posix())
         card = self._card("Trained", notes=(*notes, where))
         if self._progress is None:
             # nothing was left to do
