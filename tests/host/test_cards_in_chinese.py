@@ -28,7 +28,7 @@ ENGLISH = re.compile(r"[A-Za-z]{2,}")
 # names, units, choices by the words that workflows hold, and paths
 SAME = {"HY", "WU", "LoRA", "ComfyUI", "HunyuanImage", "Flux", "PEFT", "diffusers", "stock", "told", "blind", "bypass"}
 SAME |= {"Conditioning", "Concat", "GB", "MB", "kB"}
-PATHS = re.compile(r"/[\w./-]+|[\w-]+([._]\w+)+|pocket editor")  # and names of weights and bases
+PATHS = re.compile(r"[\w.-]*/[\w./-]+|[\w-]+([._]\w+)+|pocket editor")  # and names of weights and bases
 WORDS = "让画面更温暖"
 LEARNED, UNKNOWN = ("亮", "暗", "暖", "冷"), "画一只红色的猫"
 

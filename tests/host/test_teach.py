@@ -121,6 +121,13 @@ def test_taught_saved_loaded_and_used(studio, output):
     assert memory.generate(again, words).batch == 1
 
 
+def test_a_card_shows_what_changed_most_and_the_report_all(studio):
+    found = taught(studio, handle(texts=[f"make it {word}" for word in "abcdefghij"]), old=())
+    report, shown = found.report.splitlines(), str(found.card).splitlines()
+    assert len(report) == 14 and "and 5 that changed less: see report.txt" in str(found.card)
+    assert set(report[:9]) <= set(shown) and not set(report[9:]) & set(shown)
+
+
 def test_as_many_old_instructions_as_the_measured_default_go_with_a_batch():
     assert teach.with_steps(teach.TEACH).memory_batch == teach.TEACH.memory_batch == 2 * teach.TEACH.batch
     assert teach.with_steps(teach.TEACH, batch=4, steps=50).memory_batch == 8

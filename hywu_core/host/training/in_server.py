@@ -179,7 +179,7 @@ def learn_on_server(
 
 
 def _result(found: teach.Result, front: ServerFront) -> Result:
-    card = front.finished(found.losses, found.steps, (found.report,))
+    card = front.finished(found.losses, found.steps, (found.summary,))
     return Result(found.handle, {"loss": found.losses}, found.steps, card, found.report)
 
 

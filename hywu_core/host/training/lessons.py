@@ -204,13 +204,17 @@ def kept(asked: Asked, pupil: Teacher, teacher: Teacher) -> list[Likeness]:
     return found
 
 
-def table(rows: Sequence[tuple[str, Likeness]], heading: Message) -> Message:
-    """Likenesses as tab-separated text, the least kept first."""
+def table(rows: Sequence[tuple[str, Likeness]], heading: Message, most: int | None = None) -> Message:
+    """Likenesses as tab-separated text, the least kept first; at most so many of them, and how many are left out."""
     lines = [
         f"{text}\t{found.distance:.4f}\t{found.cosine:.4f}\t{found.strength:.3f}"
         for text, found in sorted(rows, key=lambda row: -row[1].distance)
     ]
-    return Message("{heading}\tdistance\tcosine\tstrength\n{rows}", heading=heading, rows="\n".join(lines))
+    shown: str = "\n".join(lines[:most])
+    if len(lines[:most]) < len(lines):
+        left = len(lines) - len(lines[:most])
+        shown = Message("{rows}\n... and {count} that changed less: see report.txt", rows=shown, count=left)
+    return Message("{heading}\tdistance\tcosine\tstrength\n{rows}", heading=heading, rows=shown)
 
 
 def _some(pictures: Sequence[Picture], number: int) -> list[Picture]:

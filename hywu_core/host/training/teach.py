@@ -39,6 +39,7 @@ FEW = 8  # pairs below which a new edit is rarely learned
 ASKED_ABOUT = 64  # pictures at most
 WORDINGS = 8  # of a new edit, that each of its pairs meets at most
 REPORT = "report.txt"  # in a run's folder
+SHOWN = 5  # old instructions on a card
 AS_TRAINED, TOLD, BLIND = "as the generator was trained", "told", "blind"
 
 
@@ -47,6 +48,7 @@ class Result(NamedTuple):
 
     handle: GeneratorHandle
     report: Message
+    summary: Message  # the same with the edits that changed most, for a card
     losses: list[float]
     steps: int
 
@@ -237,28 +239,34 @@ def do(task: Task, config: TrainConfig, options: SessionOptions, folder: Path, f
             session.run()
             session.load()
             with session.averaged():
-                report = _report(session)
+                report, summary = _reports(session)
             with atomic_write(folder / REPORT) as temporary:
                 temporary.write_text(report, encoding="utf-8")
-            return Result(session.result(name), report, session.losses, session.trainer.done)
+            return Result(session.result(name), report, summary, session.losses, session.trainer.done)
         finally:
             session.release()
 
 
-def _report(session: Session) -> Message:
-    """What the session did to new and old, edit by edit."""
+def _reports(session: Session) -> tuple[Message, Message]:
+    """What the session did to new and old, edit by edit; and the same in short."""
     (found,) = session.task.lessons
     asked: Asked = found.lesson.samples
     pupil, teacher = session.trainer.trainable, found.lesson.teacher
     rows = list(zip(asked.texts, kept(asked, pupil, teacher), strict=True))
     if not session.objective:
-        return table(rows, Message("instruction, against its LoRA"))
-    losses = [session.losses_of(one) for one in (None, teacher, pupil)]
-    return Message(
-        "new edit\tloss of the base\tbefore\tnow\n{losses}\n\n{old}",
-        losses="\t".join([session.task.instructions[0], *(f"{loss:.5f}" for loss in losses)]),
-        old=table(rows, Message("old instruction, against before")),
+        whole, short = (table(rows, Message("instruction, against its LoRA"), most) for most in (None, SHOWN))
+        return whole, short
+    measured = [session.losses_of(one) for one in (None, teacher, pupil)]
+    losses = "\t".join([session.task.instructions[0], *(f"{loss:.5f}" for loss in measured)])
+    whole, short = (
+        Message(
+            "new edit\tloss of the base\tbefore\tnow\n{losses}\n\n{old}",
+            losses=losses,
+            old=table(rows, Message("old instruction, against before"), most),
+        )
+        for most in (None, SHOWN)
     )
+    return whole, short
 
 
 def _check_pairs(new: NewEdit) -> None:
