@@ -56,7 +56,7 @@ def train(family, handle, latents, positive, steps=4, name="run", **settings):
     return in_server.train_on_lists(family.model, handle, latents, positive, None, config, options, name)
 
 
-def excited(handle: memory.GeneratorHandle, std=0.05) -> memory.GeneratorHandle:
+def excited(handle: memory.GeneratorHandle, std=0.01) -> memory.GeneratorHandle:
     """The same generator, writing something."""
     state = dict(handle.generator.state_dict())
     source = torch.Generator().manual_seed(5)
