@@ -1,5 +1,7 @@
-# Sourced by the other scripts: where things are. Nothing here has an effect of its own.
+# Sourced by the other scripts: where things are, and how threads wait.
 set -euo pipefail
+# Threads that wait sleep: beside another busy program, those that spin make small work twenty times slower.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PACK_NAME="hywu"                                   # name of the link in custom_nodes; web files are served under it
 VENV="$ROOT/.venv"
