@@ -45,6 +45,15 @@ def machine():
 
 
 @pytest.fixture
+def inference():
+    """As the host runs nodes. For all tests of a file: `pytestmark = pytest.mark.usefixtures("inference")`."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
 def output(tmp_path, monkeypatch):
     """Runs and generators of a test are its own."""
     import folder_paths

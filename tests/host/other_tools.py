@@ -5,7 +5,6 @@ import math
 
 import comfy.lora
 import comfy.sd
-import comfy.utils
 import families
 import torch
 

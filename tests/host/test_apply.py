@@ -13,13 +13,9 @@ from hywu_core.files.lora_files import from_state_dict, load_lora, save_lora, to
 from hywu_core.host.lora.apply import applied_loras, apply_lora
 from hywu_core.lora import blend
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 STOPS = [RuntimeError("broken layer"), comfy.model_management.InterruptProcessingException()]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(params=families.FAMILIES)

@@ -75,7 +75,11 @@ def sweep(monkeypatch, tmp_path):
         )
         return sweep_pocket.compare("blind-eight", wanted, before, tmp_path, AtOnce())
 
-    return SimpleNamespace(call=call, tested=tested)
+    def lengthen(found, methods):
+        wanted = sweep_pocket.Wanted("pocket", methods, [], sweep_pocket.Lengths(3, 6), (0,), tmp_path / "r.json")
+        return sweep_pocket.lengthen("blind-eight", wanted, found, 3, tmp_path, AtOnce())
+
+    return SimpleNamespace(call=call, lengthen=lengthen, tested=tested)
 
 
 def test_a_grid_grows_and_only_a_better_rate_is_tested_anew(sweep):
@@ -88,6 +92,15 @@ def test_a_grid_grows_and_only_a_better_rate_is_tested_anew(sweep):
     assert sweep.tested[3:] == [(method, 0.003, seed) for method in ("shared", "each") for seed in (0, 1, 2)]
     assert better["rate"] == {"shared": 0.003, "each": 0.003} and len(better["methods"]["shared"]) == 3
     assert list(first["grid"]["shared"]) == ["0.01"], "what was found before is not changed"
+
+
+def test_longer_runs_are_rows_of_their_own_at_the_rate_that_was_chosen(sweep):
+    found = sweep.call({}, ["shared"], [0.01])
+    longer = sweep.lengthen(found, ["shared"])
+    assert sweep.tested[3:] == [("shared", 0.01, 0)]
+    assert longer["methods"].keys() == {"shared", "shared_steps_x3"} and longer["rate"] == found["rate"]
+    with pytest.raises(SystemExit, match="no rate for each"):
+        sweep.lengthen(found, ["each"])
 
 
 def test_what_helped_is_told_by_the_seeds_that_both_have():

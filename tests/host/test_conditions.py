@@ -11,11 +11,7 @@ from hywu_core.files.lora_files import to_state_dict
 from hywu_core.host.conditions import from_host, hidden_states
 from hywu_core.host.lora.apply import apply_lora
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture

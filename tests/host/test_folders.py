@@ -16,11 +16,7 @@ from hywu_core.host import folders, memory, pack
 from hywu_core.host.lora import store
 from hywu_core.host.training import in_server
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture
@@ -28,6 +24,7 @@ def models(tmp_path, monkeypatch):
     """models/hywu of a user, as extra_model_paths.yaml leaves it."""
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))  # and not what lies in the host's
     root = tmp_path / "hywu"
     root.mkdir()
     for kind in ("hywu", "hunyuan_image3"):

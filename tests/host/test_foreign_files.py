@@ -1,7 +1,5 @@
 """LoRA files of other tools: loaded, blended, saved, and what is said of them."""
 
-import comfy.lora
-import comfy.sd
 import comfy.utils
 import families
 import pytest
@@ -33,11 +31,7 @@ from hywu_core.host.lora.apply import applied_loras, apply_lora
 from hywu_core.host.lora.matching import canonical
 from hywu_core.lora import blend, cosine
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 TRAINERS = {

@@ -10,7 +10,6 @@ import comfy.model_patcher
 import comfy.model_prefetch
 import comfy.ops
 import comfy.pinned_memory
-import comfy.sd
 import comfy.utils
 import comfy_aimdo.model_vbar
 import comfy_aimdo.torch
@@ -37,11 +36,7 @@ from hywu_core.host.lora import apply
 from hywu_core.plan import plan
 from hywu_core.transformer import REAL, Rotation, Tables
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def as_condition(tokens: torch.Tensor) -> Condition:

@@ -2,13 +2,6 @@
 
 import json
 
-import comfy.memory_management
-import comfy.model_management
-import comfy.model_patcher
-import comfy.model_prefetch
-import comfy.ops
-import comfy.pinned_memory
-import comfy.sd
 import comfy.utils
 import folder_paths
 import pytest
@@ -26,11 +19,7 @@ from hywu_core.files.lora_files import load_lora
 from hywu_core.host import folders, memory
 from hywu_core.host.lora import store
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture

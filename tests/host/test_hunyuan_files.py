@@ -28,6 +28,8 @@ from hywu_core.errors import CheckpointError, MatchError, SaveError
 from hywu_core.host.lora.apply import apply_lora
 from hywu_core.host.lora.experts import Rows
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_hunyuan_image3.py"
@@ -41,12 +43,6 @@ BOUNDS = {
 
 def silent(line):
     """Progress that nobody reads."""
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

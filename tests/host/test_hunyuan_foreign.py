@@ -20,6 +20,8 @@ from hywu_core.errors import ConditionError, MatchError
 from hywu_core.host import memory
 from hywu_core.host.lora.apply import applied_loras, apply_lora, beside
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 
 class Bank(nn.Module):
     """What the host's MoEExperts is to its users."""
@@ -95,12 +97,6 @@ def setting(tmp_path_factory):
         edit = golden_edit(encoder)
         lora = load_generator(FIXTURES / "pg_tiny").generate(read_edit(ours, edit).condition.parts[0].tokens)
         yield ours, theirs, edit, lora
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 def test_its_condition_is_ours(setting):

@@ -13,14 +13,10 @@ from hywu_core.bases.hunyuan_image3 import files, geometry, loader, sizes, trans
 from hywu_core.bases.hunyuan_image3.sequence import Request, SequenceBuilder, SourcePicture
 from hywu_core.bases.hunyuan_image3.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 PICTURES = (SourcePicture((15, 17), (8, 8), 15), SourcePicture((19, 13), (10, 6), 19))
 SLOTS = 64
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

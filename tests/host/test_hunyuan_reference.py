@@ -18,16 +18,12 @@ from hywu_core.bases.hunyuan_image3.text_mode import prepare, read_edit
 from hywu_core.condition import assemble
 from hywu_core.host.lora.apply import apply_lora
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 GRID = (14, 18)
 LAYERS, STEPS = 3, 3
 STATES, VELOCITY, LATENT, PIXELS = 1e-5, 2e-5, 5e-5, 1e-4  # relative L2
 MODES = ("bypass", "merge")
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,10 @@ from hywu_core.condition import assemble
 from hywu_core.files.lora_files import to_state_dict
 from hywu_core.host.lora.apply import apply_lora
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 SIGMAS = tiny.golden("base")["step0.sigma"]
 SAME = 5e-6  # relative L2
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

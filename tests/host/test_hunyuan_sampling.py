@@ -24,6 +24,8 @@ from hywu_core.condition import assemble
 from hywu_core.errors import ConditionError
 from hywu_core.host.lora.apply import apply_lora
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 BASE = 256
 PREFIX, CELLS = 415, 14 * 18  # tokens before the timestep, and of the image that is generated
 SIGMAS = tiny.golden("base")["step0.sigma"]
@@ -33,12 +35,6 @@ ROUNDING = 5e-5  # of the same sum in another order, which the steps enlarge
 
 class StopError(Exception):
     """Raised by a test in the middle of a run."""
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

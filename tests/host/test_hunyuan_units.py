@@ -20,6 +20,8 @@ from hywu_core.bases.hunyuan_image3.sequence import ImageRun, Layout, PictureRun
 from hywu_core.bases.hunyuan_image3.transformer import Stretch
 from hywu_core.errors import ConditionError
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 FACTS = json.loads((tiny.FIXTURES / "units.json").read_text())
 STORED = load_file(tiny.FIXTURES / "units.safetensors")
 BASE = 256
@@ -32,12 +34,6 @@ SPANS = {
     for name, found in FACTS["masks"]["mask.joint_full.gen_image"].items()
     if name.endswith("slices")
 }
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

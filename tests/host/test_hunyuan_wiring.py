@@ -13,13 +13,9 @@ from hywu_core.bases.hunyuan_image3.edit import to_conditioning
 from hywu_core.errors import CheckpointError, ConditionError
 from hywu_core.host.conditions import from_host
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ Merge gives the stock loader's weights; bypass gives them or refuses by name; no
 
 from collections import Counter
 
-import comfy.lora
-import comfy.sd
 import comfy.utils
 import families
 import pytest
@@ -36,11 +34,7 @@ from hywu_core.host.lora.apply import applied_loras, apply_lora, beside
 from hywu_core.host.lora.matching import canonical
 from hywu_core.host.model import layer_of
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture(scope="module", params=["flux_double", "qwen_image", "z_image", "wan", "sd3", "sd15", "sdxl"])

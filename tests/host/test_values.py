@@ -18,14 +18,10 @@ from hywu_core.host.lora.hooks import hook_of
 from hywu_core.host.lora.schedule import Schedule, done_of
 from hywu_core.lora import blend
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 STEPS = 5
 POINTS = [(0.0, 1.0), (0.5, 0.3), (1.0, -0.5)]
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture
