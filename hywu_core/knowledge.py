@@ -63,12 +63,15 @@ class Points(NamedTuple):
 
     def distances_of_others(self, described: Tensor) -> Tensor:
         """(B, K) -> (B, N): how far each is from every point; infinitely from those that are the same condition."""
-        apart = torch.cdist(described / self.spread, self.values / self.spread)
+        apart = self._apart(described)
         return torch.where(apart <= SAME * math.sqrt(self.values.shape[1]), torch.inf, apart)
 
     def distances(self, described: Tensor) -> Tensor:
         """How far each of (B, K) is from the nearest point: (B,)."""
-        return torch.cdist(described.float() / self.spread, self.values / self.spread).amin(1)
+        return self._apart(described).amin(1)
+
+    def _apart(self, described: Tensor) -> Tensor:
+        return torch.cdist(described.float() / self.spread, self.values / self.spread)
 
 
 def describe(tokens: Tensor) -> Tensor:

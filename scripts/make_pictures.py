@@ -102,6 +102,7 @@ def picture_of(page: Page, node_id: int) -> Image.Image:
             const node = app.graph.nodes.find(node => node.id == id), canvas = app.canvas;
             const title = LiteGraph.NODE_TITLE_HEIGHT;
             canvas.deselectAll?.();
+            node.title = node.constructor.title;  // and not what a template calls it
             window.hywuMoved = (window.hywuMoved ?? 0) + 20000;  // each to a place where nothing covers it
             node.pos = [node.pos[0], node.pos[1] + window.hywuMoved];
             const width = canvas.canvas.clientWidth, height = canvas.canvas.clientHeight;
@@ -179,11 +180,12 @@ def alone(browser: Any, server: HostServer, nodes: list[str]) -> Iterator[tuple[
         page.close()
 
 
-def take(browser: Any, server: HostServer, language: str, wanted: set[str], still: list[str]) -> None:
+def take(browser: Any, server: HostServer, language: str, wanted: set[str], still: list[str], whole: bool) -> None:
     server.post("/api/settings", {"Comfy.Locale": language, **QUIET})
     known, left = server.get("/object_info"), set(wanted)
     for name, workflow in templates(known):
-        graph = GRAPHS.get(name) if language == "en" else None
+        # that of the README shows what ran, and is taken with all others only
+        graph = GRAPHS.get(name) if language == "en" and whole and name not in still else None
         kinds = {node["type"] for node in workflow["nodes"]} & left
         if not kinds and not graph:
             continue
@@ -211,7 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--host", type=Path, default=ROOT / ".host" / "ComfyUI", help="ComfyUI's folder")
     parser.add_argument("--languages", nargs="+", default=["en", "zh"])
-    parser.add_argument("--only", nargs="+", default=(), help="ids of nodes; by default all")
+    parser.add_argument("--only", nargs="+", default=(), help="ids of nodes; by default all, and the README's graphs")
     parser.add_argument("--still", nargs="+", default=[], help="templates that are opened but not run, such as train")
     arguments = parser.parse_args()
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -226,7 +228,7 @@ def main() -> int:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
             for language in arguments.languages:
-                take(browser, server, language, ids & set(arguments.only) or ids, arguments.still)
+                take(browser, server, language, ids & set(arguments.only) or ids, arguments.still, not arguments.only)
             browser.close()
     for page in sorted(HELP.glob("*/*.md")):
         if page.with_suffix(".webp").is_file():

@@ -13,7 +13,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -141,6 +141,9 @@ def lengthen(setting: str, wanted: Wanted, found: dict, times: int, work: Path, 
     """The same setting with rows of the methods that are wanted, trained so many times as long."""
     from study.methods import Run
 
+    missing = [method for method in wanted.methods if method not in found.get("rate", {})]
+    if missing:
+        sys.exit(f"{wanted.out} has no rate for {', '.join(missing)} in {setting}. Run without --longer first.")
     regime, suite = setting.split("-")
     steps = times * found["steps"]["final"]
     longer = [
@@ -167,34 +170,27 @@ def _write(path: Path, value) -> None:
 
 
 def sweep(settings: Sequence[str], wanted: Wanted, longer: int, work: Path, workers: int) -> None:
-    """Setting by setting, then the rows of longer runs; the results file grows with each."""
+    """Setting by setting, then the rows of as much time; or the rows of longer runs alone. The results grow with each."""
     with multiprocessing.get_context("spawn").Pool(workers, initializer=start_worker) as pool:
         for setting in settings:
-            _keep(
-                wanted.out,
-                wanted.name(setting),
-                compare(setting, wanted, _kept(wanted.out, wanted.name(setting)), work, pool),
-            )
-        if longer > 1:
-            for setting in settings:
-                name = wanted.name(setting)
-                _keep(wanted.out, name, lengthen(setting, wanted, _kept(wanted.out, name), longer, work, pool))
-            return
+            if longer > 1:
+                _renew(setting, wanted, lambda *given: lengthen(*given, longer, work, pool))
+            else:
+                _renew(setting, wanted, lambda *given: compare(*given, work, pool))
         for setting in settings:
             # who is told nothing does not learn more in more time
-            if setting.startswith("told") and set(MATCHED) & set(wanted.methods):
-                name = wanted.name(setting)
-                _keep(wanted.out, name, match_compute(setting, wanted, _kept(wanted.out, name), work, pool))
+            if longer == 1 and setting.startswith("told") and set(MATCHED) & set(wanted.methods):
+                _renew(setting, wanted, lambda *given: match_compute(*given, work, pool))
 
 
-def _kept(out: Path, name: str) -> dict:
-    return _read(out).get(name, {})
-
-
-def _keep(out: Path, name: str, setting: dict) -> None:
-    out.parent.mkdir(exist_ok=True)
-    _write(out, _read(out) | {name: setting})
-    print(f"sweep: {name} is in {out}", flush=True)
+def _renew(setting: str, wanted: Wanted, find: Callable[[str, Wanted, dict], dict]) -> None:
+    """Put what is found of a setting in the place of what is there."""
+    name = wanted.name(setting)
+    found = find(setting, wanted, _read(wanted.out).get(name, {}))
+    wanted.out.parent.mkdir(exist_ok=True)
+    # another process may have added a setting meanwhile
+    _write(wanted.out, _read(wanted.out) | {name: found})
+    print(f"sweep: {name} is in {wanted.out}", flush=True)
 
 
 def _read(out: Path) -> dict:

@@ -87,9 +87,9 @@ def fingerprint(name: str) -> str:
     """Changes with every list, text and picture of a folder."""
     found, folder = hashlib.sha256(), folder_of(name)
     paths = {path for path in folder.rglob("*") if path.suffix.lower() in (*PICTURES, *CAPTIONS) or path.name in LISTS}
-    with suppress(PairError):  # which is said when the node runs
-        # a list may name pictures of other folders
-        paths |= {path for row in rows_of(folder)[0] for path in (row.source, row.target)}
+    if any((folder / name).is_file() for name in LISTS):  # which may name pictures of other folders
+        with suppress(PairError):  # it is said when the node runs
+            paths |= {path for row in rows_of(folder)[0] for path in (row.source, row.target)}
     for path in sorted(paths):
         with suppress(OSError):
             about = path.stat()
