@@ -45,8 +45,7 @@ def _run_inputs(name: str, defaults) -> list:
             min=1,
             max=4096,
             advanced=True,
-            tooltip="What one step looks at: so many pairs of the new edit and twice as many old instructions, or LoRA "
-            "files.",
+            tooltip="What one step looks at: so many pairs of the new edit and as many old instructions, or LoRA files.",
         ),
         io.Int.Input(
             "seed",
@@ -109,8 +108,8 @@ class HYWUTeachGenerator(io.ComfyNode):
             ],
             is_input_list=True,
             description="Teaches a generator one new edit from a few pairs of pictures, and keeps the edits that it knows: "
-            "while it learns, its LoRAs for the old instructions are held where they were, in weight space, without any old "
-            "picture. Says edit by edit what was kept. Can be cancelled and goes on when queued again.",
+            "while it learns, its LoRAs for the old instructions, and what the base predicts with them, are held where they "
+            "were, without any old pair. Says edit by edit what was kept. Can be cancelled and goes on when queued again.",
             inputs=[
                 io.Model.Input("model", tooltip="The base, frozen."),
                 io.Clip.Input("clip", tooltip="The base's text encoder, for the new instruction and the old ones."),
@@ -131,8 +130,8 @@ class HYWUTeachGenerator(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.05,
-                    tooltip="How strongly old edits are held: the weight of the distance in weight space. More keeps more; 0 "
-                    "would forget them and is refused.",
+                    tooltip="How strongly the LoRAs of old edits are held: the weight of the distance in weight space. More "
+                    "keeps more; 0 would forget them and is refused.",
                 ),
                 *_run_inputs("my-new-edit", teach.TEACH)[2:],
                 io.String.Input(
@@ -157,6 +156,18 @@ class HYWUTeachGenerator(io.ComfyNode):
                     tooltip="Whether the base reads the instruction as well (told), or only the generator (blind).",
                 ),
                 _text_sees_source(),
+                io.Float.Input(
+                    "prediction",
+                    default=teach.TEACH.prediction,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How strongly what the base makes of old edits is held: the weight of how far its predictions "
+                    "with their LoRAs are from those before. 0 leaves these passes through the base out: a step takes less "
+                    "time, and memory has to be about 100.",
+                ),
             ],
             outputs=_outputs("The generator that knows both"),
         )
@@ -183,6 +194,7 @@ class HYWUTeachGenerator(io.ComfyNode):
         clip_vision=(None,),
         base_reads=(teach.AS_TRAINED,),
         text_sees_source=(False,),
+        prediction=(teach.TEACH.prediction,),
     ):
         studio = teach.Studio(model[0], clip[0], vae[0], clip_vision[0], text_sees_source[0])
         new = teach.NewEdit(_pictures(before), _pictures(after), teach.lines(instruction))
@@ -192,6 +204,7 @@ class HYWUTeachGenerator(io.ComfyNode):
             learning_rate=learning_rate[0],
             batch=batch_size[0],
             memory=memory[0],
+            prediction=prediction[0],
             seed=seed[0],
         )
         options = SessionOptions(if_exists=if_exists[0])

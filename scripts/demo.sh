@@ -10,5 +10,5 @@ echo "demo: teaching a new edit from eight pairs, a few minutes"
 pairs="$ROOT/out/demo/sepia" taught="$ROOT/out/demo/taught"
 "$(host_python)" "$ROOT/scripts/make_pocket_pairs.py" --edits sepia --count 8 --out "$pairs"
 "$(host_python)" "$ROOT/scripts/teach.py" --cpu --pocket --generator "$ROOT/models/pocket-generator.safetensors" \
-    --pairs "$pairs" --output "$taught" --steps 60 --batch 4 --memory 10
+    --pairs "$pairs" --output "$taught" --steps 60 --batch 4
 "$(host_python)" "$ROOT/scripts/contact_sheet.py" --taught "$taught/generator"

@@ -1,6 +1,6 @@
 """One new edit from eight pairs, taught to the generator that ships: what it learns, what it keeps, and a LoRA of its own.
 
-    .venv/bin/python scripts/personal_pocket.py [--edits sepia] [--seeds 0 1 2] [--memory 100] [--asked 16] [--steps 240]
+    .venv/bin/python scripts/personal_pocket.py [--edits sepia] [--seeds 0 1 2] [--memory 2] [--prediction 20] [--steps 240]
 
 Resumable: every score is in --out and is not made again, and a run that was ended goes on from --work.
 """
@@ -28,6 +28,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "steps": arguments.steps,
         "learning_rate": arguments.rate,
         "memory": arguments.memory,
+        "prediction": arguments.prediction,
         "memory_batch": arguments.asked,
     }
     config = with_steps(TEACH, **{name: value for name, value in given.items() if value is not None})
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default those of Teach, like the rest")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--memory", type=float, help="its weight")
+    parser.add_argument("--prediction", type=float, help="its weight; 0 for weight space alone")
     parser.add_argument("--asked", type=int, help="old instructions of a step")
     parser.add_argument("--anchors", type=int, default=0, help="more pictures to ask old instructions about")
     parser.add_argument("--own", action="store_true", help="train a LoRA of its own on the same pairs as well")

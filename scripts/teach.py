@@ -36,7 +36,8 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of the optimizer in all")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--memory", type=float, help="how strongly old edits are held (--pairs)")
+    parser.add_argument("--memory", type=float, help="how strongly the LoRAs of old edits are held (--pairs)")
+    parser.add_argument("--prediction", type=float, help="how strongly what the base predicts with them is (--pairs)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--size", type=int, default=0, help="side to which pictures are cut and resized; 0: as they are"
@@ -51,8 +52,9 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip-type", default="flux")
     parser.add_argument("--cpu", action="store_true", help="keep to the CPU")
     found = parser.parse_args(given)
-    if found.loras and (found.memory is not None or found.regime or found.old_instructions):
-        parser.error("--memory, --regime and --old-instructions have no effect with --loras")
+    held = (found.memory, found.prediction, found.regime, found.old_instructions)
+    if found.loras and any(value is not None for value in held):
+        parser.error("--memory, --prediction, --regime and --old-instructions have no effect with --loras")
     return found
 
 
@@ -79,7 +81,8 @@ def work(given: argparse.Namespace, stop: Callable[[], bool]) -> None:
         model, (clip, vae, vision) = base_files.load_model(run), base_files.load_encoders(run)
     studio = teach.Studio(model, clip, vae, vision, given.text_sees_source)
     handle = memory.load(given.generator)
-    asked = {"steps": given.steps, "learning_rate": given.learning_rate, "batch": given.batch, "memory": given.memory}
+    names = ("steps", "learning_rate", "batch", "memory", "prediction")
+    asked = {name: getattr(given, name) for name in names}
     changes = {name: value for name, value in asked.items() if value is not None} | {"seed": given.seed}
     config = teach.with_steps(teach.TEACH if given.pairs else teach.LEARN, **changes)
     options = SessionOptions(if_exists=given.if_exists, validate_every=0)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer
+from hywu_core.training.recall import Recall
 from hywu_core.training.trainable import leaves
 from hywu_core.training.weight_space import Lesson, WeightSpace
 
@@ -25,7 +26,8 @@ from .stored import trained_once
 from .task import EditingTask
 
 SHARED, FULL, PLAIN, MEMORY, REPLAY, ALL = "shared LoRA", "fine-tuning", "plain", "memory", "replay", "all at once"
-METHODS = (SHARED, FULL, PLAIN, MEMORY, REPLAY, ALL)
+RECALL = "memory and predictions"
+METHODS = (SHARED, FULL, PLAIN, MEMORY, RECALL, REPLAY, ALL)
 KINDS = {SHARED: "shared", FULL: "full"}  # the others are generators
 RATES = {SHARED: 1e-2, FULL: 1e-3}
 RATE = 1e-3  # of generators, as of Teach
@@ -42,6 +44,7 @@ class How(NamedTuple):
     seed: int = 0
     weight: float = 2.0  # of the memory
     asked: int = 16  # old instructions of a step of the memory
+    prediction: float = 20.0  # weight of what the base predicts, as of Teach
 
     @property
     def arrivals(self) -> int:
@@ -62,6 +65,21 @@ class Mixed:
         """Pair `index`: new ones are even."""
         task = (self.new, self.old)[index % 2]
         return task.sample(index // 2 % len(task), source)
+
+
+class Unedited:
+    """Instructions on pictures as nobody has edited them, as Teach asks about them."""
+
+    def __init__(self, task: EditingTask):
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def sample(self, index: int, source: torch.Generator) -> Sample:
+        """Pair `index`, with its source as the picture under noise."""
+        sample = self.task.sample(index, source)
+        return sample._replace(latent=sample.conditioning[1]["reference_latents"][0][0])
 
 
 class Arrivals:
@@ -106,7 +124,7 @@ class Arrivals:
         return model, trainable, objective
 
     def _train(self, method: str, arrival: int, trainable: Any, objective: Any) -> None:
-        how = self.how
+        how, recall = self.how, None
         old, new = how.edits[: arrival * AT_ONCE], how.edits[arrival * AT_ONCE : (arrival + 1) * AT_ONCE]
         steps, batch, lessons = how.steps, BATCH, []
         task: Any = self._task("train", how.edits if method == ALL else new)
@@ -115,13 +133,17 @@ class Arrivals:
         elif method == REPLAY and old:
             # as many new pairs as the others, and as many old ones
             task, batch = Mixed(task, self._task("train", old)), 2 * BATCH
-        elif method == MEMORY and old:
+        elif method in (MEMORY, RECALL) and old:
             _, teacher, _ = self._after(method, arrival - 1)
-            lessons = [Lesson(MEMORY, Asked(self._task("train", old)), teacher, how.weight, how.asked)]
+            asked = self._task("train", old)
+            lessons = [Lesson(MEMORY, Asked(asked), teacher, how.weight, how.asked)]
+            if method == RECALL:
+                lessons[0] = lessons[0]._replace(batch=BATCH)
+                recall = Recall(Unedited(asked), teacher, how.prediction, BATCH)
         config = TrainConfig(
             steps=steps, batch=batch, learning_rate=RATES.get(method, RATE), warmup=steps // 10, seed=how.seed
         )
-        Trainer(trainable, objective, task, config, lessons=WeightSpace(lessons, how.seed)).run()
+        Trainer(trainable, objective, task, config, lessons=WeightSpace(lessons, how.seed), recall=recall).run()
 
     def _score(self, model: Any, write: Any) -> dict[str, list[float]]:
         task = self._task("test", self.how.edits)

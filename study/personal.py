@@ -55,7 +55,7 @@ class Way(NamedTuple):
         how = self.config
         return (
             f"{self.edit} s{self.seed} steps {how.steps} rate {how.learning_rate:g} "
-            f"memory {how.memory:g} x{how.memory_batch} anchors {self.anchors}"
+            f"memory {how.memory:g} x{how.memory_batch} prediction {how.prediction:g} anchors {self.anchors}"
         )
 
 

@@ -55,15 +55,19 @@ class TrainConfig:
     memory: float = 0.0  # weight of staying with what a teacher writes for old instructions; 0: none
     memory_batch: int = 8  # old instructions of one optimizer step, each on some picture
     memory_schedule: str = CONSTANT
+    # weight of the base predicting what it did with a teacher's LoRAs, for old instructions; 0: weight space alone
+    prediction: float = 0.0
+    prediction_batch: int = 8  # old instructions of one optimizer step for it
     loras: float = 0.0  # weight of writing what LoRA files hold; 0: none
     loras_batch: int = 8  # files of one optimizer step, each on some picture
     loras_schedule: str = CONSTANT
 
     def __post_init__(self):
-        for name in ("steps", "batch", "memory_batch", "loras_batch"):
+        for name in ("steps", "batch", "memory_batch", "prediction_batch", "loras_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
-        for name in ("micro_batch", "warmup", "weight_decay", "clip", "diversity", "diffusion", "memory", "loras"):
+        weights = ("diffusion", "memory", "prediction", "loras", "diversity")
+        for name in ("micro_batch", "warmup", "weight_decay", "clip", *weights):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, found {getattr(self, name)}.")
         for name in ("memory_schedule", "loras_schedule"):
@@ -71,6 +75,10 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be {CONSTANT} or {FALLING}, found {getattr(self, name)!r}.")
         if not (self.diffusion or self.memory or self.loras):
             raise ConfigError("There is nothing to train for: diffusion, memory and loras all have the weight 0.")
+        if self.prediction and not self.diffusion:
+            raise ConfigError(
+                "prediction needs passes through the base, which diffusion 0 leaves out. Set one of them."
+            )
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive, found {self.learning_rate}.")
         if not 0 <= self.ema < 1:
@@ -87,7 +95,11 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """What must stay when a run goes on, as JSON holds it."""
-        return json.loads(json.dumps({name: value for name, value in asdict(self).items() if name not in FREE}))
+        # what older runs have not written down, so that those go on
+        unused = set() if self.prediction else {"prediction", "prediction_batch"}
+        return json.loads(
+            json.dumps({name: value for name, value in asdict(self).items() if name not in FREE | unused})
+        )
 
 
 @dataclass(frozen=True)
@@ -222,6 +234,8 @@ class RunConfig:
         if not training.memory and (self.teacher or self.old_instructions):
             name = "teacher" if self.teacher else "old_instructions"
             raise ConfigError(f"{name} has no effect without memory, which is its weight. Give one, such as 1.")
+        if training.prediction:
+            raise ConfigError("prediction is for scripts/teach.py, which teaches one new edit. Leave it out.")
         if bool(training.loras) != bool(self.lora_files):
             raise ConfigError(
                 "lora_files (a folder) and loras (the weight of what is learned from it) need each other."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,9 +14,14 @@ from ..errors import HywuError
 from ..lora import InstanceLora
 from .data import Draw, Sample, SampleSource, batch_of, buckets_of
 from .options import TrainConfig
+from .recall import NAME as RECALL
+from .recall import Recall
 from .state import load_state, save_state
 from .trainable import Trainable, concatenate, diversity_loss, instances, leaves
 from .weight_space import WeightSpace
+
+# (LoRA, draws, share) -> losses (B,); see `Objective.backward`
+ThroughBase = Callable[[InstanceLora | None, Sequence[Draw], float], Tensor]
 
 
 class TrainingError(HywuError):
@@ -25,9 +31,14 @@ class TrainingError(HywuError):
 class Objective(Protocol):
     """How well a LoRA does on samples."""
 
-    def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
+    def backward(
+        self, lora: InstanceLora | None, draws: Sequence[Draw], share: float, followed: InstanceLora | None = None
+    ) -> Tensor:
         """Run the base on the samples, each with its own instance, and add the gradients of `share` x the sum of the
         losses to the LoRA's factors (or to the base's parameters). Returns the losses (B,), detached.
+
+        Args:
+            followed: with it, what is right is not the samples' picture, but what the base predicts with that LoRA.
         """
 
 
@@ -60,7 +71,7 @@ class StepReport(NamedTuple):
     loss: float  # mean over all samples of the step; without a diffusion loss the lessons' own, weighted
     rate: float
     gradient_norm: float
-    distances: tuple[float, ...] = ()  # of every lesson in weight space, its mean
+    distances: tuple[float, ...] = ()  # of every lesson in weight space, its mean; then the recall's mean difference
 
 
 class Trainer:
@@ -73,6 +84,7 @@ class Trainer:
         communication: with other processes; the batch is shared out among them evenly.
         between: called between micro-batches; what it raises ends the step and leaves the parameters as they were.
         lessons: in weight space, beside the diffusion loss.
+        recall: what the base is to go on predicting; only beside the diffusion loss.
     Raises:
         TrainingError: if the batch cannot be shared out.
     """
@@ -86,14 +98,16 @@ class Trainer:
         communication: Communication | None = None,
         between: Callable[[], None] = lambda: None,
         lessons: WeightSpace | None = None,
+        recall: Recall | None = None,
     ):
         self.trainable, self.objective, self.data, self.config = trainable, objective, data, config
-        self.between, self.lessons = between, lessons or WeightSpace((), config.seed)
+        self.between, self.lessons, self.recall = between, lessons or WeightSpace((), config.seed), recall
         self.communication = communication or Alone()
-        if config.batch % self.communication.processes:
-            raise TrainingError(
-                f"A batch of {config.batch} cannot be shared out evenly among {self.communication.processes} processes."
-            )
+        for batch in (config.batch, *([recall.batch] if recall else [])):
+            if batch % self.communication.processes:
+                raise TrainingError(
+                    f"A batch of {batch} cannot be shared out evenly among {self.communication.processes} processes."
+                )
         self.parameters = trainable.named_parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -101,6 +115,11 @@ class Trainer:
         self.averaged = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema else {}
         self.buckets = None if data is None else buckets_of(data)
         self.done = 0  # optimizer steps
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the distances that a step reports."""
+        return (*self.lessons.names, *([RECALL] if self.recall else ()))
 
     def run(
         self,
@@ -179,14 +198,14 @@ class Trainer:
         return sorted(found, key=lambda draw: tuple(draw.sample.latent.shape))
 
     def _try_backward(self) -> Tensor:
-        """[the mean loss of this process's samples, its share of every lesson's distance]; gradients are left on the
-        parameters. A process that fails takes the others along, which would wait for it for ever.
+        """[the mean loss of this process's samples, its share of every lesson's distance, and of the recall's]; gradients are
+        left on the parameters. A process that fails takes the others along, which would wait for it for ever.
         """
-        found, failure = torch.zeros(1 + len(self.lessons.lessons)), None
+        found, failure = torch.zeros(1 + len(self.names)), None
         try:
             if self.objective is not None:
                 found[0] = self._backward(self.draws()).mean()
-            found[1:] = torch.tensor(self._learn())
+            found[1:] = torch.tensor([*self._learn(), *self._recalled()])
         except Exception as error:
             failure = error
         if anywhere(self.communication, failure is not None):
@@ -202,6 +221,16 @@ class Trainer:
         among = self.communication.rank, self.communication.processes
         return self.lessons.backward(self.trainable, self.done, self.config.steps, *among)
 
+    def _recalled(self) -> list[float]:
+        """The recall, where there is one; in graphs of its own likewise."""
+        if self.recall is None:
+            return []
+        self.between()
+        among = self.communication.rank, self.communication.processes
+        draws = self.recall.draws(self.config.seed, self.done, *among)
+        through_base = partial(self.recall.backward, self.objective)
+        return [float(self._through_base(draws, through_base, self.recall.weight).mean())]
+
     def _share(self, found: Tensor) -> list[float]:
         """Average gradients and numbers over the processes; every one sends the same list, whatever its samples reached."""
         for parameter in self.parameters.values():
@@ -211,7 +240,13 @@ class Trainer:
         return found.tolist()
 
     def _backward(self, draws: list[Draw]) -> Tensor:
-        """The losses (B,); gradients are left on the parameters, the same as those of a single graph.
+        """The diffusion losses (B,), with their gradients and those of diversity."""
+        return self._through_base(draws, self.objective.backward, self.config.diffusion, self.config.diversity)
+
+    def _through_base(
+        self, draws: list[Draw], through_base: ThroughBase, weight: float, diversity: float = 0.0
+    ) -> Tensor:
+        """The losses (B,); gradients of `weight` x their mean are left on the parameters, the same as those of one graph.
 
         Where the graphs of all samples are too large to stay while the base is run, micro-batch by micro-batch, unless
         samples are compared with each other: what does not need to be there at the same time is not.
@@ -219,11 +254,20 @@ class Trainer:
         at_once = self.trainable.graphs_at_once([draw.sample for draw in draws])
         stay = at_once is None or at_once >= len(draws)
         size = self.config.micro_batch or len(draws)
-        group = len(draws) if stay or self.config.diversity else size
+        group = len(draws) if stay or diversity else size
         groups = [draws[start : start + group] for start in range(0, len(draws), group)]
-        return torch.cat([self._stages(some, size, len(draws), None if stay else at_once) for some in groups])
+        stages = partial(self._stages, through_base, weight / len(draws), diversity)
+        return torch.cat([stages(some, size, None if stay else at_once) for some in groups])
 
-    def _stages(self, draws: list[Draw], size: int, total: int, at_once: int | None) -> Tensor:
+    def _stages(
+        self,
+        through_base: ThroughBase,
+        share: float,
+        diversity: float,
+        draws: list[Draw],
+        size: int,
+        at_once: int | None,
+    ) -> Tensor:
         """The LoRA; then the base, `size` samples at a time, which leaves gradients on its factors alone; then from the
         factors through whatever wrote them. With `at_once`, the LoRA is written without a graph, and once more for the last
         stage, so many samples at a time.
@@ -235,14 +279,12 @@ class Trainer:
         for start in range(0, len(draws), size):
             self.between()
             part = slice(start, start + size)
-            found = self.objective.backward(
-                None if leaf is None else instances(leaf, part), draws[part], self.config.diffusion / total
-            )
+            found = through_base(None if leaf is None else instances(leaf, part), draws[part], share)
             self._check(found, draws[part])
             losses.append(found)
         if leaf is not None:
-            if self.config.diversity:
-                (self.config.diversity * diversity_loss(leaf)).backward()
+            if diversity:
+                (diversity * diversity_loss(leaf)).backward()
             if at_once is None:
                 _through(lora, leaf, slice(None))
             else:

@@ -11,6 +11,7 @@ from hywu_core.errors import ConfigError
 from hywu_core.training import GeneratorTrainable, Sample, TrainConfig, Trainer, TrainingError
 from hywu_core.training.distributed import buckets
 from hywu_core.training.options import build_run, read_arguments
+from hywu_core.training.recall import Recall
 from hywu_core.training.validation import averaged_weights
 from hywu_core.training.weight_space import Lesson, WeightSpace
 
@@ -49,9 +50,13 @@ class Quadratic:
     def __init__(self, spoil_at=None):
         self.calls, self.spoil_at = 0, spoil_at
 
-    def backward(self, lora, draws, share):
+    def backward(self, lora, draws, share, followed=None):
         wanted = torch.tensor([draw.sample.conditioning + 0.1 * float(draw.sample.latent.mean()) for draw in draws])
-        errors = [(pair.up @ pair.down - wanted.view(-1, 1, 1)).square().mean((1, 2)) for pair in lora.pairs]
+        rights = [wanted.view(-1, 1, 1)] * len(lora.pairs)
+        if followed is not None:
+            rights = [pair.up @ pair.down for pair in followed.pairs]
+        written = zip(lora.pairs, rights, strict=True)
+        errors = [(pair.up @ pair.down - right).square().mean((1, 2)) for pair, right in written]
         losses = torch.stack(errors).mean(0)
         if self.calls == self.spoil_at:
             losses = losses * float("nan")
@@ -83,15 +88,21 @@ class Threads:
             tensor.copy_(mean)
 
 
-def remembering(batch=3, further=()):
-    """Old instructions, and a teacher that writes something for them."""
-    teacher, pairs = Generator(tiny_config(further), dtype=torch.float64).initialize(5).requires_grad_(False), Pairs()
+def teaching(further=()):
+    """A teacher that writes something."""
+    teacher = Generator(tiny_config(further), dtype=torch.float64).initialize(5).requires_grad_(False)
     torch.nn.init.normal_(teacher.model.proj_out_B.weight, std=0.1, generator=torch.Generator().manual_seed(5))
+    return GeneratorTrainable(teacher, torch.float64)
+
+
+def remembering(batch=3, further=()):
+    """Old instructions, and a teacher."""
+    pairs = Pairs()
     samples = [pairs.sample(index, torch.Generator()) for index in range(len(pairs))]
-    return WeightSpace([Lesson("memory", samples, GeneratorTrainable(teacher, torch.float64), 0.5, batch)], seed=0)
+    return WeightSpace([Lesson("memory", samples, teaching(further), 0.5, batch)], seed=0)
 
 
-def together(objectives, steps=4, batch=4, lessons=lambda: None, dtype=torch.float32, further=()):
+def together(objectives, steps=4, batch=4, lessons=lambda: None, dtype=torch.float32, further=(), recall=lambda: None):
     """Train one process for each objective; returns (trainers, what each raised)."""
     threads, raised = Threads(len(objectives)), [None] * len(objectives)
     trainers = []
@@ -101,7 +112,15 @@ def together(objectives, steps=4, batch=4, lessons=lambda: None, dtype=torch.flo
         data = None if objective is None else Pairs()
         member = threads.member(rank)
         trainers.append(
-            Trainer(GeneratorTrainable(generator, dtype), objective, data, config, member, lessons=lessons())
+            Trainer(
+                GeneratorTrainable(generator, dtype),
+                objective,
+                data,
+                config,
+                member,
+                lessons=lessons(),
+                recall=recall(),
+            )
         )
 
     def run(rank):
@@ -145,6 +164,26 @@ def test_two_processes_remember_as_one(objective, further):
     if objective() is not None:
         (without,), _ = together([objective()], dtype=torch.float64, further=further)
         assert largest_difference(one, without) > 1e-3
+
+
+@STACKS
+def test_two_processes_recall_as_one(further):
+    def recall():
+        return Recall(Pairs(), teaching(further), 2.0, 4)
+
+    how = {"recall": recall, "dtype": torch.float64, "further": further}
+    (one,), _ = together([Quadratic()], **how)
+    pair, raised = together([Quadratic(), Quadratic()], **how)
+    assert raised == [None, None]
+    assert largest_difference(*pair) == 0
+    assert largest_difference(one, pair[0]) < 1e-9
+    (without,), _ = together([Quadratic()], dtype=torch.float64, further=further)
+    assert largest_difference(one, without) > 1e-3
+
+
+def test_what_is_recalled_is_shared_out_evenly():
+    with pytest.raises(TrainingError, match="batch of 3 cannot be shared out"):
+        together([Quadratic(), Quadratic()], recall=lambda: Recall(Pairs(), teaching(), 2.0, 3))
 
 
 def test_a_bad_sample_in_one_process_stops_all_of_them():

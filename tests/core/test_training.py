@@ -22,6 +22,7 @@ from hywu_core.training import (
 )
 from hywu_core.training.data import batch_of, buckets_of, epoch_order
 from hywu_core.training.memory import graph_bytes
+from hywu_core.training.recall import Recall
 from hywu_core.training.state import StateError
 from hywu_core.training.trainable import diversity_loss, leaves
 from hywu_core.training.validation import base_loss
@@ -50,6 +51,12 @@ class Pairs:
         return Sample(torch.randn(3, generator=source), index, self.conditions[index], f"pair {index}")
 
 
+def apart(lora, followed):
+    """(B,) how far two LoRAs are from each other, as what a base predicts with them might be."""
+    pairs = zip(lora.pairs, followed.pairs, strict=True)
+    return sum((lora.scale * (a.up @ a.down - b.up @ b.down)).square().mean(dim=(-2, -1)) for a, b in pairs)
+
+
 class Quadratic:
     """Every dW should be the sample's own multiple of ones. Like a base, it sees the factors only through their products."""
 
@@ -64,8 +71,8 @@ class Quadratic:
             rows.append(sum((lora.scale * (p.up @ p.down) - wanted).square().mean() for p in instance.pairs))
         return torch.stack(rows)
 
-    def backward(self, lora, draws, share):
-        losses = self.losses(lora, draws)
+    def backward(self, lora, draws, share, followed=None):
+        losses = self.losses(lora, draws) if followed is None else apart(lora, followed)
         self.calls += 1
         if self.calls == self.spoil_at:
             losses = losses * torch.tensor([1.0] * (len(draws) - 1) + [math.nan])
@@ -98,6 +105,40 @@ def test_loss_falls():
     run, losses = trainer(steps=60, learning_rate=1e-2), []
     run.run(lambda report: losses.append(report.loss))
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def recalling(seed=1, **changes):
+    """A run that is to keep what a teacher does for other pairs than its own."""
+    run = trainer(seed, **changes)
+    teacher = Generator(tiny_config()).initialize(7)
+    with torch.no_grad():  # a fresh one writes nothing
+        teacher.model.proj_out_B.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(7))
+    recall = Recall(Pairs(4), GeneratorTrainable(teacher), 2.0, 4)
+    return Trainer(run.trainable, run.objective, run.data, run.config, recall=recall)
+
+
+def test_what_is_recalled_adds_the_gradient_of_its_mean():
+    run = recalling(micro_batch=2)
+    run._try_backward()
+    both = {name: parameter.grad.clone() for name, parameter in run.parameters.items()}
+    run.optimizer.zero_grad()
+    draws, old = run.draws(), run.recall.draws(run.config.seed, 0, 0, 1)
+    loss = run.objective.losses(run.trainable.lora([draw.sample for draw in draws]), run.draws()).mean()
+    shown = run.recall.teacher.lora([draw.sample for draw in old])
+    (loss + 2.0 * apart(run.trainable.lora([draw.sample for draw in old]), shown).mean()).backward()
+    for name, parameter in run.parameters.items():
+        torch.testing.assert_close(both[name], parameter.grad, atol=1e-6, rtol=1e-5)
+    assert {draw.sample.key for draw in old} <= {f"pair {index}" for index in range(4)}
+
+
+def test_a_run_that_recalls_reports_it_and_resumes_bit_for_bit(tmp_path):
+    whole, first, second, reports = recalling(), recalling(), recalling(), []
+    whole.run(lambda report: reports.append(report.distances))
+    assert whole.names == ("prediction",) and all(len(found) == 1 and found[0] > 0 for found in reports)
+    first.run(lambda report: report.step == 4, tmp_path / "state.safetensors")
+    second.resume(tmp_path / "state.safetensors")
+    second.run()
+    assert_equal(parameters(whole), parameters(second))
 
 
 def test_two_stage_backward_is_the_single_graph():

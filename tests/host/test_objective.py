@@ -129,6 +129,28 @@ def test_gradients_agree_with_finite_differences(family):
     assert slope == pytest.approx(float(length), rel=2e-2)
 
 
+def test_what_is_followed_is_what_the_base_predicts_with_that_lora(family):
+    objective = DiffusionObjective(family.model)
+    objective.prepare()
+    leaf, shown = leaves(families.random_lora(family, 1)), families.random_lora(family, 2)
+    same = objective.backward(leaf, draws(family), 0.5, leaf.map(lambda pair: type(pair)(*(f.detach() for f in pair))))
+    assert not same.any(), "what it predicts with this LoRA is what it predicts with it"
+    assert not any(factor.grad.any() for pair in leaf.pairs for factor in pair if factor.grad is not None)
+    found = objective.backward(leaf, draws(family), 0.5, shown)
+    noised = objective._noised(draws(family), None)
+    with torch.no_grad():
+        predicted = []
+        for lora in (leaf, shown):
+            with objective.in_training(lora, noised.sigma):
+                predicted.append(objective._denoised(noised))
+    expected = ((predicted[0] - predicted[1]) / noised.sigma.view(-1, *[1] * (predicted[0].ndim - 1))).square()
+    torch.testing.assert_close(found, expected.flatten(1).mean(1), rtol=1e-5, atol=1e-8)
+    assert float(found.min()) > 0 and all(
+        factor.grad is None or factor.grad.isfinite().all() for factor in leaf.pairs[0]
+    )
+    assert not any(factor.requires_grad for pair in shown.pairs for factor in pair)
+
+
 def test_loss_falls_and_the_base_stays(family):
     before, losses = families.weights(family.model), []
     run = trainer(family, steps=40, batch=4)

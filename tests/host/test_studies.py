@@ -9,8 +9,9 @@ import torch
 
 from hywu_core.training import Sample
 from study import arrivals, continual, paradigms, personal
-from study.arrivals import ALL, MEMORY, PLAIN, REPLAY, Arrivals, How, Mixed, known
+from study.arrivals import ALL, MEMORY, PLAIN, RECALL, REPLAY, Arrivals, How, Mixed, known
 from study.edits import EIGHT, SIXTEEN
+from study.task import EditingTask
 
 
 def test_the_three_ways_cost_the_same():
@@ -71,13 +72,22 @@ def test_arrivals_are_trained_once_and_one_after_the_other(tmp_path, monkeypatch
     done = counted(monkeypatch, arrivals)
     monkeypatch.setattr(arrivals, "CASES_OF_AN_EDIT", 1)
     how = How(EIGHT[:4], steps=1, asked=2)
-    found = {m: Arrivals(tmp_path, how, 16).score(m, 1) for m in (PLAIN, MEMORY, REPLAY, arrivals.SHARED)}
-    assert done == [1] * 8 and all(set(scores) == {edit.name for edit in EIGHT[:4]} for scores in found.values())
-    assert Arrivals(tmp_path, how, 16).score(MEMORY, 1) == found[MEMORY] and len(done) == 8
+    found = {m: Arrivals(tmp_path, how, 16).score(m, 1) for m in (PLAIN, MEMORY, RECALL, REPLAY, arrivals.SHARED)}
+    assert done == [1] * 10 and all(set(scores) == {edit.name for edit in EIGHT[:4]} for scores in found.values())
+    assert Arrivals(tmp_path, how, 16).score(MEMORY, 1) == found[MEMORY] and len(done) == 10
     assert found[PLAIN] != found[REPLAY]
     everything = Arrivals(tmp_path, how, 16).score(ALL, 0)
-    assert done[8:] == [2], "all at once takes as many steps as all arrivals together"
+    assert done[10:] == [2], "all at once takes as many steps as all arrivals together"
     assert everything != found[PLAIN]
+
+
+def test_old_instructions_are_recalled_on_sources_alone():
+    task = EditingTask.__new__(EditingTask)
+    task.sample = lambda index, source: Sample(
+        torch.ones(3), [None, {"reference_latents": [torch.zeros(1, 3)]}], torch.empty(0)
+    )
+    found = arrivals.Unedited(task).sample(0, torch.Generator())
+    assert not found.latent.any() and found.latent.shape == (3,), "nobody has the edited picture"
 
 
 def test_fine_tuning_leaves_the_base_of_others_alone(tmp_path, monkeypatch):

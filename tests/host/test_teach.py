@@ -129,8 +129,9 @@ def test_a_card_shows_what_changed_most_and_the_report_all(studio):
 
 
 def test_as_many_old_instructions_as_the_measured_default_go_with_a_batch():
-    assert teach.with_steps(teach.TEACH).memory_batch == teach.TEACH.memory_batch == 2 * teach.TEACH.batch
-    assert teach.with_steps(teach.TEACH, batch=4, steps=50).memory_batch == 8
+    usual = teach.with_steps(teach.TEACH)
+    assert usual == teach.TEACH and usual.memory_batch == usual.prediction_batch == usual.batch
+    assert teach.with_steps(teach.TEACH, batch=4, steps=50).memory_batch == 4
     assert teach.with_steps(teach.TEACH, batch=4, memory_batch=3).memory_batch == 3
 
 
@@ -148,12 +149,35 @@ def test_memory_keeps_what_plain_training_loses(studio):
     """The report's distance of old edits, after the same steps with a strong memory and next to none."""
 
     def distance(weight, name):
-        config = settings(40, memory=weight, learning_rate=3e-3, memory_batch=6)
+        config = settings(40, memory=weight, prediction=0.0, learning_rate=3e-3, memory_batch=6)
         report = taught(studio, handle(), name, config=config).report
         return [float(line.split("\t")[1]) for line in report.splitlines()[4:]]
 
     with_memory, without = distance(3.0, "with"), distance(1e-9, "without")
     assert max(with_memory) < 0.5 * min(without), (with_memory, without)
+
+
+def test_predictions_are_held_where_they_were(studio, output):
+    """How far the base's predictions with old LoRAs have moved, after the same steps with a strong hold and next to none."""
+
+    def moved(weight, name):
+        config = settings(40, memory=1e-9, prediction=weight, learning_rate=3e-3, prediction_batch=6)
+        taught(studio, handle(), name, config=config)
+        with open(output / "output" / "hywu" / name / "log.csv", newline="", encoding="utf-8") as file:
+            return [float(row["prediction"]) for row in csv.DictReader(file)]
+
+    held, free = moved(20.0, "held"), moved(1e-9, "free")
+    assert held[0] == free[0] == 0, "it begins as the teacher"
+    assert sum(held[-10:]) < 0.5 * sum(free[-10:]), (held, free)
+
+
+def test_without_predictions_nothing_of_them_is_made(studio, output):
+    pairs = teach.prepare_teaching(studio, handle(), new_edit(), config=settings(prediction=0.0))[0]
+    assert pairs.recall is None and "prediction" not in settings(prediction=0.0).identity()
+    taught(studio, handle(), config=settings(2, prediction=0.0))
+    assert (
+        (output / "output" / "hywu" / "run" / "log.csv").read_text().startswith("step,loss,rate,gradient_norm,memory\n")
+    )
 
 
 def test_one_run_or_two_with_a_pause_teach_the_same(studio):

@@ -16,6 +16,7 @@ from ...layout import all_targets
 from ...messages import Message
 from ...training import GeneratorTrainable, Sample, TrainConfig
 from ...training.options import PRECISIONS
+from ...training.recall import NAME as RECALL
 from ...training.weight_space import Lesson, Likeness, Teacher, likeness
 from .. import memory
 from ..conditions import from_host
@@ -23,7 +24,7 @@ from ..memory import GeneratorHandle
 from .identity import digest
 
 MEMORY, LORAS = "memory", "loras"  # names of lessons, in logs
-SHOWN_AS = {MEMORY: Message("memory"), LORAS: Message("loras")}
+SHOWN_AS = {MEMORY: Message("memory"), LORAS: Message("loras"), RECALL: Message("predictions")}
 LOOKED_AT = (
     4  # pictures on which a report compares, and on which an instruction is asked where each costs an encoder's pass
 )
@@ -123,7 +124,7 @@ def ask(
     rows = []
     with torch.inference_mode(False), torch.no_grad():
         for number, text in enumerate(texts):
-            shown = _some(pictures, number) if looks or encoding.text_sees_source else pictures
+            shown = some(pictures, number) if looks or encoding.text_sees_source else pictures
             words: Tensor | None = None
             row = []
             for picture in shown:
@@ -217,7 +218,7 @@ def table(rows: Sequence[tuple[str, Likeness]], heading: Message, most: int | No
     return Message("{heading}\tdistance\tcosine\tstrength\n{rows}", heading=heading, rows=shown)
 
 
-def _some(pictures: Sequence[Picture], number: int) -> list[Picture]:
+def some(pictures: Sequence[Picture], number: int) -> list[Picture]:
     """As many as are affordable, others for every instruction."""
     return [pictures[(number * LOOKED_AT + place) % len(pictures)] for place in range(LOOKED_AT)]
 

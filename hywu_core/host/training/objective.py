@@ -120,15 +120,19 @@ class DiffusionObjective:
         """Bytes that a pass of `count` such samples is thought to need beside the weights, backward included."""
         return pass_room(self.base, sample.latent.shape, sample.conditioning, count)
 
-    def backward(self, lora: InstanceLora | None, draws: Sequence[Draw], share: float) -> Tensor:
+    def backward(
+        self, lora: InstanceLora | None, draws: Sequence[Draw], share: float, followed: InstanceLora | None = None
+    ) -> Tensor:
         """See `hywu_core.training.trainer.Objective`."""
         with torch.inference_mode(False), torch.enable_grad(), self._naming_what_is_in_the_way():
             losses = torch.empty(len(draws))
             for group in self._groups(draws):
                 noised = self._noised([draws[index] for index in group], None)
-                scale = self._loss_scale(noised, share)
+                scale, right = self._loss_scale(noised, share), noised.latents
+                if followed is not None:
+                    right = self._shown(chosen(followed, group, len(draws)), noised)
                 with self.in_training(chosen(lora, group, len(draws)), noised.sigma, scale):
-                    found = self._losses(noised)
+                    found = self._losses(noised, right)
                     (found.sum() * share * scale).backward()
                 losses[group] = found.detach().cpu()
         return losses
@@ -142,15 +146,22 @@ class DiffusionObjective:
             for group in self._groups(draws):
                 noised = self._noised([draws[index] for index in group], percent)
                 with self.in_training(chosen(lora, group, len(draws)), noised.sigma):
-                    losses[group] = self._losses(noised).cpu()
+                    losses[group] = self._losses(noised, noised.latents).cpu()
         return losses
 
-    def _losses(self, noised: Noised) -> Tensor:
-        """The loss of every sample (B,), graph kept."""
+    def _shown(self, lora: InstanceLora, noised: Noised) -> Tensor:
+        """The latents that the base makes of noisy ones with a LoRA (B, C, ..., H, W), without a graph."""
+        with torch.no_grad(), self.in_training(lora, noised.sigma):
+            return self._denoised(noised)
+
+    def _denoised(self, noised: Noised) -> Tensor:
         conds = self._conds(noised.entries, noised.noisy)
-        denoised = self.carried.call(self.base, noised.noisy, noised.sigma, conds)
+        return self.carried.call(self.base, noised.noisy, noised.sigma, conds)
+
+    def _losses(self, noised: Noised, right: Tensor) -> Tensor:
+        """The loss of every sample (B,), graph kept."""
         spread = _like(prediction_spread(self.base.model_sampling, noised.sigma), noised.latents)
-        return ((denoised - noised.latents) / spread).float().square().flatten(1).mean(dim=1)
+        return ((self._denoised(noised) - right) / spread).float().square().flatten(1).mean(dim=1)
 
     def _loss_scale(self, noised: Noised, share: float) -> float:
         """What the loss is multiplied by on its way back: the gradient of its mean over a latent's elements is too small for

@@ -44,6 +44,7 @@ from ...training.data import Sized, batch_of
 from ...training.log import STATE
 from ...training.memory import graph_bytes
 from ...training.options import PRECISIONS
+from ...training.recall import Recall
 from ...training.trainer import Alone, Communication, anywhere
 from ...training.validation import averaged_weights, base_loss, validation_loss
 from ...training.weight_space import WeightSpace
@@ -78,6 +79,7 @@ class Task(NamedTuple):
     instructions: tuple[str, ...] = ()  # of the pairs, for the generator's file; as far as they are known as text
     known: tuple[str, ...] = ()  # instructions that it knew before, which its file may not name
     lessons: tuple[HostLesson, ...] = ()
+    recall: Recall | None = None
     kind: str = "trained"  # of this step of the generator's life
 
 
@@ -198,7 +200,7 @@ class Session:
         trainable = GeneratorTrainable(self.generator, PRECISIONS[self.options.precision])
         pairs = self.task.pairs if self.objective else None
         processes = communication.processes
-        self._room = self._needed(trainable, config, processes, _largest(pairs) if pairs else None)
+        self._room = self._needed(trainable, config, processes)
         size = summary(self.generator.config, self.patcher.model_size())
         needed = Message(
             "{generator}, about {room} GB of memory beside the base while it is trained.",
@@ -214,7 +216,10 @@ class Session:
         )
         self.load()
         lessons = WeightSpace([found.lesson for found in self.task.lessons], config.seed)
-        self.trainer = Trainer(trainable, self.objective, pairs, config, communication, self.front.check, lessons)
+        recall = self.task.recall if self.objective else None
+        self.trainer = Trainer(
+            trainable, self.objective, pairs, config, communication, self.front.check, lessons, recall
+        )
         if goes_on:
             self.trainer.resume(self.folder / STATE)
             at = {"folder": self.folder, "step": self.trainer.done}
@@ -240,7 +245,7 @@ class Session:
                 steps=trainer.config.steps,
             )
             self.front.say(beyond)
-        self.log = RunLog(self.folder, trainer.done, trainer.lessons.names) if self.main else None
+        self.log = RunLog(self.folder, trainer.done, trainer.names) if self.main else None
         self._began = time.monotonic(), begun
         try:
             trainer.run(self._after_step, self.folder / STATE if self.main else None, self.options.save_every)
@@ -325,19 +330,21 @@ class Session:
     def _teachers(self) -> list[comfy.model_patcher.ModelPatcher]:
         return [patcher for found in self.task.lessons for patcher in found.patchers]
 
-    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, processes: int, pair: Sample | None) -> int:
-        """Bytes beside the weights of one process, for a run on pairs no larger than one, or on lessons in weight space
-        alone.
-        """
+    def _needed(self, trainable: GeneratorTrainable, config: TrainConfig, processes: int) -> int:
+        """Bytes beside the weights of one process, for the largest pair of a run, or for lessons in weight space alone."""
         weights = sum(p.numel() * p.element_size() for p in self.generator.parameters())
-        samples = [*([pair] if pair else ()), *(found.lesson.samples[0] for found in self.task.lessons)]
+        task, micro = self.task, config.micro_batch
+        # of what passes through the base: (pairs, samples of a step)
+        passing = [(task.pairs, _share(config.batch, processes))] if self.objective else []
+        passing += [(task.recall.data, _share(task.recall.batch, processes))] if self.objective and task.recall else []
+        largest = [(_largest(pairs), count) for pairs, count in passing]
+        samples = [*(pair for pair, _ in largest), *(found.lesson.samples[0] for found in task.lessons)]
         length = max(sample.condition.shape[0] for sample in samples)
         graph = graph_bytes(self.generator.config, length, trainable.dtype, self.generator.checkpoint_blocks)
-        batch = _share(config.batch, processes)
-        most = max([batch] * bool(pair) + [_share(found.lesson.batch, processes) for found in self.task.lessons])
+        most = max([count for _, count in largest] + [_share(found.lesson.batch, processes) for found in task.lessons])
         graphs = graph * min(most, trainable.graphs_at_once(samples))
-        room = self.objective.room(pair, config.micro_batch or batch) if pair else 0
-        return COPIES * weights + graphs + room
+        rooms = [self.objective.room(pair, min(micro or count, count)) for pair, count in largest]
+        return COPIES * weights + graphs + max(rooms, default=0)
 
     def _identity(self, config: TrainConfig) -> Mapping[str, Any]:
         task = self.task
@@ -400,7 +407,7 @@ class Session:
             recent = self.log.losses[-RECENT:]
             seconds = (time.monotonic() - self._began[0]) / (done - self._began[1])
             mean = sum(recent) / len(recent)
-            distances = dict(zip(trainer.lessons.names, report.distances, strict=True))
+            distances = dict(zip(trainer.names, report.distances, strict=True))
             about = self._at, self._held_out, distances, self.log.losses
             self.front.show(Progress(done, trainer.config.steps, mean, seconds, *about))
         self.front.check()
