@@ -57,6 +57,8 @@ WITHOUT = {  # {what is missing: (options, words of the error)}
     "a teacher": ({"memory": 1.0}, "needs a teacher"),
     "a weight": ({"old_instructions": "old.txt", "generator": "x"}, "old_instructions has no effect without memory"),
     "files": ({"loras": 1.0}, "need each other"),
+    "pairs of one new edit": ({"prediction": 1.0}, "is for scripts/teach.py"),
+    "passes through the base": ({"prediction": 1.0, "memory": 1.0, "diffusion": 0.0}, "needs passes through the base"),
     "anything": ({"diffusion": 0.0}, "nothing to train for"),
 }
 

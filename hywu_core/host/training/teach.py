@@ -119,17 +119,7 @@ def prepare_teaching(
     sources = [studio.picture(pixels) for pixels in new.before]
     targets = [studio.picture(pixels).latent for pixels in new.after]
     told = _told(handle, regime)
-    count = min(WORDINGS, len(wordings))
-    pairs = _pairs(
-        studio,
-        handle,
-        [
-            (wordings[(number + place) % len(wordings)], source, target)
-            for number, (source, target) in enumerate(zip(sources, targets, strict=True))
-            for place in range(count)
-        ],
-        told,
-    )
+    pairs = _pairs(studio, handle, _worded(wordings, sources, targets), told)
     about = [studio.picture(pixels) for pixels in pictures[:ASKED_ABOUT]] if len(pictures) else sources[:ASKED_ABOUT]
     asked = ask(texts, about, studio.encoding(), handle.config, progress=progress)
     lesson = remembering(handle, handle.config, asked, config, options.precision)
@@ -138,8 +128,9 @@ def prepare_teaching(
     if config.prediction:
         # the sources stand for what the old edits make of them, under noise: nobody has those pictures
         shown = [(text, picture, picture.latent) for n, text in enumerate(texts) for picture in some(sources, n)]
-        old_pairs = _pairs(studio, handle, shown, told)
-        recall = Recall(old_pairs, lesson.lesson.teacher, config.prediction, config.prediction_batch)
+        recall = Recall(
+            _pairs(studio, handle, shown, told), lesson.lesson.teacher, config.prediction, config.prediction_batch
+        )
     identity = {**pairs.identity(), **provenance}
     task = Task(
         studio.model,
@@ -305,10 +296,20 @@ def _check_pairs(new: NewEdit) -> None:
         logging.warning("HY-WU: %d pairs are few for a new edit; %d to 64 are right.", count, FEW)
 
 
-def _pairs(
-    studio: Studio, handle: GeneratorHandle, shown: Sequence[tuple[str, Picture, Tensor]], told: bool
-) -> HostPairs:
-    """Pairs of (instruction, source, latent of the edited picture); `told`: the base reads the instruction."""
+Shown = tuple[str, Picture, Tensor]  # an instruction, a source, and the latent of the edited picture
+
+
+def _worded(wordings: Sequence[str], sources: Sequence[Picture], targets: Sequence[Tensor]) -> list[Shown]:
+    """Every pair in some of the wordings, others for every pair."""
+    return [
+        (wordings[(number + place) % len(wordings)], source, target)
+        for number, (source, target) in enumerate(zip(sources, targets, strict=True))
+        for place in range(min(WORDINGS, len(wordings)))
+    ]
+
+
+def _pairs(studio: Studio, handle: GeneratorHandle, shown: Sequence[Shown], told: bool) -> HostPairs:
+    """What is shown as pairs; `told`: the base reads the instruction."""
     encode = partial(encode_text, studio.clip)
     if not studio.text_sees_source:
         encode = cache(encode)
