@@ -33,7 +33,7 @@ def test_pictures_of_two_sizes_train_in_batches_of_one(monkeypatch):
     monkeypatch.setattr(
         DiffusionObjective,
         "_losses",
-        lambda self, noised: (passes.append(noised.latents.shape), losses(self, noised))[1],
+        lambda self, noised, right: (passes.append(noised.latents.shape), losses(self, noised, right))[1],
     )
     whole = run(family, handle, latents, positive, steps=8, name="whole")
     trained = [shape for shape in passes if len(shape) and shape[0] == 4]
