@@ -5,17 +5,12 @@ import math
 import pytest
 import torch
 
-from hywu_core import Generator, GeneratorConfig, InstanceLora
-from hywu_core.analysis.geometry import centred, cosines, gram, plane, separation
-from hywu_core.analysis.statistics import bootstrap, psnr
-from hywu_core.errors import ConfigError, SaveError
-from hywu_core.lora import cosine
+from hywu_core import Generator, GeneratorConfig
+from hywu_core.errors import ConfigError
 from hywu_core.training import (
     GeneratorTrainable,
-    RunLog,
     Sample,
     SharedLora,
-    StepReport,
     TrainConfig,
     Trainer,
     TrainingError,
@@ -24,7 +19,7 @@ from hywu_core.training.data import batch_of, buckets_of, epoch_order
 from hywu_core.training.memory import graph_bytes
 from hywu_core.training.recall import Recall
 from hywu_core.training.state import StateError
-from hywu_core.training.trainable import diversity_loss, leaves
+from hywu_core.training.trainable import leaves
 from hywu_core.training.validation import base_loss
 
 
@@ -199,7 +194,8 @@ def test_samples_of_equal_shapes_are_written_together_and_keep_their_places():
 
 
 def test_factors_in_half_precision_collect_their_gradients_in_float32():
-    lora = random_batch(2).map(lambda pair: type(pair)(*(factor.bfloat16() for factor in pair)))
+    written = SharedLora(tiny_config(), 2, 4.0).lora()
+    lora = written.map(lambda pair: type(pair)(*(factor.detach().bfloat16() for factor in pair)))
     assert {factor.dtype for pair in leaves(lora).pairs for factor in pair} == {torch.float32}
 
 
@@ -394,96 +390,6 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     assert [config.rate(s) for s in (0, 9, 10)] == pytest.approx([0.1, 1.0, 1.0])
     assert config.rate(60) == pytest.approx(0.5)
     assert config.rate(110) == pytest.approx(0.0)
-
-
-def random_batch(batch, seed=0):
-    config = tiny_config()
-    shared = [SharedLora(config, 2, 4.0, seed + i) for i in range(batch)]
-    for index, one in enumerate(shared):
-        source = torch.Generator().manual_seed(100 + seed + index)
-        for up in one.ups:
-            up.data.copy_(torch.randn(up.shape, generator=source))
-    loras = [one.lora() for one in shared]
-    factors = {
-        name: tuple(torch.cat(parts).detach() for parts in zip(*(lora.factors[name] for lora in loras), strict=True))
-        for name in loras[0].names
-    }
-    return InstanceLora(factors, loras[0].scale)
-
-
-def test_cosines_and_their_map_are_those_of_the_products():
-    lora = random_batch(4)
-    dense = torch.stack([torch.cat([(p.up[i] @ p.down[i]).flatten() for p in lora.pairs]) for i in range(4)])
-    torch.testing.assert_close(gram(lora), dense @ dense.T, rtol=1e-4, atol=1e-3)
-    assert float(cosines(gram(lora))[0, 1]) == pytest.approx(float(cosine(lora.select(0), lora.select(1))), abs=1e-5)
-    middle = dense - dense.mean(0)
-    torch.testing.assert_close(centred(gram(lora)), middle @ middle.T, rtol=1e-3, atol=1e-2)
-    _, values, _ = torch.linalg.svd(middle, full_matrices=False)
-    assert plane(gram(lora)).norm(dim=0).tolist() == pytest.approx(values[:2].tolist(), rel=1e-3)
-
-
-def test_diversity_punishes_one_lora_for_all():
-    apart = random_batch(3)
-    same = apart.map(lambda pair: type(pair)(*(t[:1].expand(3, *t.shape[1:]) for t in pair)))
-    assert float(diversity_loss(same)) == pytest.approx(1.0, abs=1e-5)
-    assert float(diversity_loss(apart)) < 0.2
-
-
-def test_separation_sees_groups():
-    similar = torch.tensor([[1.0, 0.9, 0.1, 0.2], [0.9, 1.0, 0.0, 0.1], [0.1, 0.0, 1.0, 0.8], [0.2, 0.1, 0.8, 1.0]])
-    found = separation(similar, [0, 0, 1, 1])
-    assert found.purity == 1 and found.within == pytest.approx(0.85) and found.across == pytest.approx(0.1)
-    assert separation(similar, [0, 1, 0, 1]).purity == 0
-
-
-def test_intervals_shrink_with_items_and_grow_with_seeds_that_disagree():
-    source = torch.Generator().manual_seed(0)
-    values = torch.randn(200, generator=source) + 1
-    one = bootstrap(values)
-    assert one.low < float(values.mean()) < one.high
-    assert one.high - one.low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.25)
-    disagree = bootstrap(torch.stack([values, values + 2, values - 2]))
-    assert disagree.high - disagree.low > 2 * (one.high - one.low)
-    assert one.excludes_zero and not bootstrap(values - 1).excludes_zero
-
-
-def test_psnr():
-    black = torch.zeros(2, 3, 4, 4)
-    assert psnr(black, black + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-5)
-    assert psnr(black, black).tolist() == [100.0, 100.0]
-
-
-def test_a_log_drops_what_is_done_again(tmp_path):
-    log = RunLog(tmp_path)
-    for step in range(5):
-        log.step(StepReport(step, 1.0 / (step + 1), 1e-3, 0.5))
-    assert RunLog(tmp_path, done=3).losses == pytest.approx([1.0, 0.5, 1 / 3], abs=1e-5)
-    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
-
-
-def test_a_log_that_is_held_ends_no_run_and_loses_no_row(tmp_path, caplog):
-    log = RunLog(tmp_path)
-    log.step(StepReport(0, 1.0, 1e-3, 0.5))
-    held = log.path.rename(tmp_path / "held")
-    log.path.mkdir()
-    for step in (1, 2):
-        log.step(StepReport(step, 2.0, 1e-3, 0.5))
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "cannot be written" in caplog.text
-    log.path.rmdir()
-    held.rename(log.path)
-    log.step(StepReport(3, 4.0, 1e-3, 0.5))
-    assert log.losses == [1.0, 2.0, 2.0, 4.0] == RunLog(tmp_path, 4).losses
-
-
-def test_rows_that_were_never_written_are_counted_at_the_end(tmp_path, caplog):
-    log = RunLog(tmp_path)
-    log.path.unlink()
-    log.path.mkdir()
-    log.step(StepReport(0, 1.0, 1e-3, 0.5))
-    log.close()
-    assert "1 rows are missing in" in caplog.text
-    with pytest.raises(SaveError, match="log.csv cannot be read"):
-        RunLog(tmp_path)
 
 
 def test_the_bases_own_loss_is_measured_in_parts_as_training_goes():
