@@ -31,6 +31,7 @@ METHODS = (SHARED, FULL, PLAIN, MEMORY, RECALL, REPLAY, ALL)
 KINDS = {SHARED: "shared", FULL: "full"}  # the others are generators
 RATES = {SHARED: 1e-2, FULL: 1e-3}
 RATE = 1e-3  # of generators, as of Teach
+PREDICTION = 20.0  # weight of what the base predicts, as of Teach
 AT_ONCE = 2  # edits of an arrival
 BATCH = 8
 CASES_OF_AN_EDIT = 4
@@ -44,7 +45,6 @@ class How(NamedTuple):
     seed: int = 0
     weight: float = 2.0  # of the memory
     asked: int = 16  # old instructions of a step of the memory
-    prediction: float = 20.0  # weight of what the base predicts, as of Teach
 
     @property
     def arrivals(self) -> int:
@@ -118,7 +118,7 @@ class Arrivals:
         else:
             trainable, objective = build(Run("blind", "sixteen", KINDS.get(method, "generator"), 0.0, how.seed), model)
             objective.prepare()
-        weight = f" {how.weight:g}" if method == MEMORY and how.weight != How().weight else ""
+        weight = f" {how.weight:g}" if method in (MEMORY, RECALL) and how.weight != How().weight else ""
         path = self.work / f"s{how.seed} {method}{weight} {how.steps} {arrival + 1} of {how.arrivals}.safetensors"
         trained_once(path, trainable, lambda: self._train(method, arrival, trainable, objective))
         return model, trainable, objective
@@ -136,10 +136,10 @@ class Arrivals:
         elif method in (MEMORY, RECALL) and old:
             _, teacher, _ = self._after(method, arrival - 1)
             asked = self._task("train", old)
-            lessons = [Lesson(MEMORY, Asked(asked), teacher, how.weight, how.asked)]
+            in_weight_space = BATCH if method == RECALL else how.asked
+            lessons = [Lesson(MEMORY, Asked(asked), teacher, how.weight, in_weight_space)]
             if method == RECALL:
-                lessons[0] = lessons[0]._replace(batch=BATCH)
-                recall = Recall(Unedited(asked), teacher, how.prediction, BATCH)
+                recall = Recall(Unedited(asked), teacher, PREDICTION, BATCH)
         config = TrainConfig(
             steps=steps, batch=batch, learning_rate=RATES.get(method, RATE), warmup=steps // 10, seed=how.seed
         )
