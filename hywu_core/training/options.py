@@ -26,8 +26,8 @@ RESUME, RESTART, REFUSE = "resume", "restart", "refuse"  # what to do where a ru
 # how the weight of a lesson in weight space goes over a run: to zero at its end, in a line
 CONSTANT, FALLING = "constant", "falling"
 
-# what a run that goes on may change: its length, and how it is cut up
-FREE = {"steps", "micro_batch"}
+# what a run that goes on may change: its length, the warm-up that may follow from it, and how it is cut up
+FREE = {"steps", "warmup", "micro_batch"}
 
 
 @dataclass(frozen=True)

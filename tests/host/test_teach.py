@@ -189,6 +189,14 @@ def test_one_run_or_two_with_a_pause_teach_the_same(studio):
     assert whole.losses["loss"] == pytest.approx(again.losses["loss"], rel=1e-5)
 
 
+def test_a_run_is_extended_or_taken_as_it_is(studio):
+    """Its warm-up follows from its steps, which may change."""
+    interrupted_after(3, lambda: taught(studio, handle(), config=settings(20)))
+    assert taught(studio, handle(), config=settings(3)).steps == 3
+    longer = taught(studio, handle(), config=settings(30))
+    assert longer.steps == 30 and len(longer.losses["loss"]) == 30
+
+
 def test_other_old_instructions_under_one_name_are_refused(studio):
     taught(studio, handle())
     with pytest.raises(TrainingError, match="old_instructions"):
